@@ -1,0 +1,84 @@
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "llama_moe/context.h"
+#include "llama_moe/engine.h"
+#include "llama_moe/memory.h"
+#include "llama_moe/model.h"
+#include "llama_moe/wait.h"
+
+namespace py = pybind11;
+
+namespace llama_moe::bindings {
+
+void bind_errors(py::module_& m);
+void bind_logging(py::module_& m);
+void bind_devices(py::module_& m);
+void bind_gguf(py::module_& m);
+void bind_placement(py::module_& m);
+void bind_model(py::module_& m);
+void bind_context(py::module_& m);
+void bind_sampling(py::module_& m);
+void bind_engine(py::module_& m);
+
+// Hands queued log lines to the sink. Needs the GIL.
+void drain_logs();
+
+// For waits in the core: takes the GIL, lets pending signals run (Ctrl-C throws), hands over log lines.
+Poll poll_signals();
+
+// Runs `work` without the GIL: the only way bindings call what may wait or take longer than a microsecond. Python objects
+// must not be touched inside.
+template <typename Work>
+auto without_gil(Work&& work) {
+    struct Drain {
+        ~Drain() { drain_logs(); }
+    } drain;  // after the GIL is back, whether or not `work` threw
+    py::gil_scoped_release release;
+    return work();
+}
+
+// Owns a core object whose destructor may wait for native threads: gives the GIL back meanwhile.
+template <typename T>
+class Handle {
+   public:
+    explicit Handle(std::shared_ptr<T> native) : native_(std::move(native)) {}
+    ~Handle() {
+        py::gil_scoped_release release;
+        native_.reset();
+    }
+    Handle(const Handle&) = delete;
+    Handle& operator=(const Handle&) = delete;
+
+    T& operator*() const { return *native_; }
+    T* operator->() const { return native_.get(); }
+    const std::shared_ptr<T>& get() const { return native_; }
+
+   private:
+    std::shared_ptr<T> native_;
+};
+
+using ModelHandle = Handle<Model>;
+using ContextHandle = Handle<Context>;
+using EngineHandle = Handle<Engine>;
+using GenerationHandle = Handle<Generation>;
+
+using MemoryTuples = std::vector<std::tuple<std::string, std::string, std::uint64_t>>;
+MemoryTuples to_tuples(const std::vector<MemoryRow>& rows);
+// (buffer type, device, "model" | "context" | "compute", bytes)
+using BreakdownTuples = std::vector<std::tuple<std::string, std::string, std::string, std::uint64_t>>;
+BreakdownTuples to_tuples(const std::vector<BreakdownRow>& rows);
+
+// A one-dimensional array or sequence of integers; anything else is an InvalidOptionError that names it.
+std::vector<std::int32_t> to_integers(const py::object& values, const char* name);
+
+}  // namespace llama_moe::bindings

@@ -1,0 +1,44 @@
+#include "bindings.h"
+#include "llama_moe/error.h"
+
+namespace llama_moe::bindings {
+namespace {
+
+void raise(const char* module, const char* name, const char* message) {
+    const py::object type = py::module_::import(module).attr(name);
+    PyErr_SetString(type.ptr(), message);
+}
+
+constexpr const char* kErrors = "llama_moe.errors";
+
+}  // namespace
+
+void bind_errors(py::module_& /*m*/) {
+    py::register_local_exception_translator([](std::exception_ptr error) {
+        try {
+            std::rethrow_exception(error);
+        } catch (const ModelLoadError& e) {
+            raise(kErrors, "ModelLoadError", e.what());
+        } catch (const PlacementError& e) {
+            raise(kErrors, "PlacementError", e.what());
+        } catch (const DoesNotFitError& e) {
+            raise(kErrors, "DoesNotFitError", e.what());
+        } catch (const ContextFullError& e) {
+            raise(kErrors, "ContextFullError", e.what());
+        } catch (const DecodeError& e) {
+            raise(kErrors, "DecodeError", e.what());
+        } catch (const ClosedError& e) {
+            raise(kErrors, "ClosedError", e.what());
+        } catch (const CancelledError& e) {
+            raise(kErrors, "CancelledError", e.what());
+        } catch (const InvalidOptionError& e) {
+            raise(kErrors, "InvalidOptionError", e.what());
+        } catch (const FileNotFoundError& e) {
+            raise("builtins", "FileNotFoundError", e.what());
+        } catch (const Error& e) {
+            raise(kErrors, "LlamaMoeError", e.what());
+        }
+    });
+}
+
+}  // namespace llama_moe::bindings

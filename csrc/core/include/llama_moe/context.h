@@ -1,0 +1,91 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "llama_moe/memory.h"
+#include "llama_moe/model.h"
+#include "llama_moe/wait.h"
+
+namespace llama_moe {
+
+struct ContextOptions {
+    int context_size = 4096;       // tokens of each sequence; 0: what the model was trained for
+    int max_sequences = 1;         // sequences that can be held at once
+    int batch_size = 2048;         // most tokens in one call of llama_decode
+    int micro_batch_size = 512;    // most tokens computed at once
+    int threads = 0;               // for single tokens; 0: one per usable physical core
+    int threads_batch = 0;         // for prompts; 0: as `threads`
+    std::string kv_type = "f16";   // ggml type of the KV cache
+    std::string flash_attention = "auto";  // "auto", "on" or "off"
+    bool offload_kv = true;        // KV cache on the accelerator of its layer
+    bool embeddings = false;       // compute embeddings besides logits
+
+    void validate() const;
+};
+
+// What a context really has after llama.cpp rounded the options.
+struct ContextLimits {
+    int context_size;
+    int max_sequences;
+    int batch_size;
+    int micro_batch_size;
+    int threads;
+    int threads_batch;
+};
+
+enum class Outputs { last, all, mask };
+
+struct DecodeInput {
+    std::vector<std::int32_t> tokens;
+    std::optional<std::vector<std::int32_t>> positions;     // unset: each sequence goes on where it ended
+    std::optional<std::vector<std::int32_t>> sequence_ids;  // unset: all of sequence 0
+    Outputs outputs = Outputs::last;                        // last: the last token of each sequence
+    std::vector<std::uint8_t> mask;                         // for Outputs::mask, one per token
+};
+
+struct Logits {
+    std::size_t rows = 0;
+    std::size_t columns = 0;
+    std::vector<float> values;  // row-major
+};
+
+// The low level: sequences in a KV cache, tokens in, logits out. One call runs at a time, on the context's own thread.
+class Context : public ModelUser {
+   public:
+    static std::shared_ptr<Context> create(const std::shared_ptr<Model>& model, const ContextOptions& options, const Poll& poll = {});
+    ~Context() override;
+
+    // After a failure or an interrupt each sequence is cut back to where it was before the call.
+    std::shared_ptr<Logits> decode(DecodeInput input, const Poll& poll = {});
+
+    void remove(int sequence, int start, int end, const Poll& poll = {});  // [start, end); end -1: to the last; sequence -1: all
+    void copy(int source, int destination, int start, int end, const Poll& poll = {});
+    void keep(int sequence, const Poll& poll = {});
+    void clear(const Poll& poll = {});
+    int sequence_length(int sequence, const Poll& poll = {});
+
+    std::string save_state(int sequence, const Poll& poll = {});  // sequence -1: the whole context
+    void load_state(const std::string& data, int sequence, const Poll& poll = {});
+
+    std::vector<MemoryRow> memory(const Poll& poll = {});
+    std::vector<BreakdownRow> breakdown(const Poll& poll = {});
+    const ContextLimits& limits() const { return limits_; }
+
+    void close() override;
+    bool closed() const;
+
+   private:
+    struct State;
+    Context() = default;
+    void run(const std::function<void(State&)>& task, const Poll& poll);
+    void check_sequence(int sequence, bool allow_all) const;
+
+    std::shared_ptr<State> state_;
+    ContextLimits limits_{};
+};
+
+}  // namespace llama_moe

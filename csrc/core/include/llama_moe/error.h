@@ -1,0 +1,49 @@
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace llama_moe {
+
+// Base of every error the core raises on purpose. Bindings map each class to the Python class of the same name.
+class Error : public std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+class ModelLoadError : public Error {
+    using Error::Error;
+};
+
+class PlacementError : public Error {
+    using Error::Error;
+};
+
+class DoesNotFitError : public Error {
+    using Error::Error;
+};
+
+class ContextFullError : public Error {
+    using Error::Error;
+};
+
+class DecodeError : public Error {
+    using Error::Error;
+};
+
+class ClosedError : public Error {
+    using Error::Error;
+};
+
+class CancelledError : public Error {
+    using Error::Error;
+};
+
+class InvalidOptionError : public Error {
+    using Error::Error;
+};
+
+class FileNotFoundError : public Error {
+    using Error::Error;
+};
+
+}  // namespace llama_moe

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace llama_moe {
+
+// Level numbers are those of Python's logging module.
+enum class LogLevel : int { debug = 10, info = 20, warning = 30, error = 40, off = 1000 };
+
+struct LogLine {
+    int level;
+    std::string text;
+};
+
+// Sends llama.cpp's and ggml's log to a bounded queue in place of stderr. Idempotent; called before any other use of llama.cpp.
+void capture_native_log();
+
+// Lines below `level` are dropped when they arrive.
+void set_log_level(int level);
+
+// Adds a line of ours.
+void log_line(LogLevel level, std::string text);
+
+// Takes what has been queued since the last call, oldest first.
+std::vector<LogLine> take_log();
+
+// True when take_log() would return something; cheap enough to ask on every call boundary.
+bool has_log();
+
+// While alive, keeps the error lines that llama.cpp logs on this thread, so that a failure can say why.
+class ErrorLog {
+   public:
+    ErrorLog();
+    ~ErrorLog();
+    ErrorLog(const ErrorLog&) = delete;
+    ErrorLog& operator=(const ErrorLog&) = delete;
+
+    // The kept lines joined with "; ", or `otherwise` when there are none.
+    std::string text(const std::string& otherwise) const;
+
+    void add(const std::string& line) { lines_.push_back(line); }
+
+   private:
+    std::vector<std::string> lines_;
+    ErrorLog* outer_;
+};
+
+}  // namespace llama_moe

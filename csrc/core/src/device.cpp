@@ -1,0 +1,224 @@
+#include "llama_moe/device.h"
+
+#include <algorithm>
+#include <cctype>
+#include <mutex>
+#include <set>
+
+#include "backend.h"
+#include "ggml-rpc.h"
+#include "llama.h"
+#include "llama_moe/error.h"
+#include "llama_moe/log.h"
+#include "native_thread.h"
+#include "tcp.h"
+
+namespace llama_moe {
+namespace {
+
+constexpr std::chrono::seconds kConnectTimeout{5};
+constexpr std::chrono::seconds kHandshakeTimeout{10};
+
+std::string lower(std::string text) {
+    std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+    return text;
+}
+
+std::string backend_name(ggml_backend_dev_t device) {
+    return ggml_backend_reg_name(ggml_backend_dev_backend_reg(device));
+}
+
+const char* kind_name(enum ggml_backend_dev_type type) {
+    switch (type) {
+        case GGML_BACKEND_DEVICE_TYPE_CPU: return "cpu";
+        case GGML_BACKEND_DEVICE_TYPE_GPU: return "gpu";
+        case GGML_BACKEND_DEVICE_TYPE_IGPU: return "integrated_gpu";
+        default: return "accelerator";
+    }
+}
+
+Device describe(ggml_backend_dev_t device) {
+    Device result;
+    result.name = device_name(device);
+    result.description = ggml_backend_dev_description(device);
+    result.kind = kind_name(ggml_backend_dev_type(device));
+    result.backend = backend_name(device);
+    std::size_t free = 0;
+    std::size_t total = 0;
+    ggml_backend_dev_memory(device, &free, &total);
+    result.memory_free = free;
+    result.memory_total = total;
+    return result;
+}
+
+std::vector<ggml_backend_dev_t> all_devices() {
+    std::vector<ggml_backend_dev_t> result;
+    for (std::size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        result.push_back(ggml_backend_dev_get(i));
+    }
+    return result;
+}
+
+}  // namespace
+
+void start_backend() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        capture_native_log();
+        install_abort_handler();
+        ggml_backend_load_all();
+        llama_backend_init();
+    });
+}
+
+std::string device_name(ggml_backend_dev_t device) {
+    return ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? "CPU" : ggml_backend_dev_name(device);
+}
+
+bool is_host_buffer(ggml_backend_buffer_type_t type) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
+    // The CPU's own buffer type has no device, and its repacked ones are not "host" in ggml's sense of plain layout.
+    return device == nullptr || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU || ggml_backend_buft_is_host(type);
+}
+
+std::string buffer_device(ggml_backend_buffer_type_t type) {
+    return is_host_buffer(type) ? "CPU" : device_name(ggml_backend_buft_get_device(type));
+}
+
+bool is_accelerator(ggml_backend_dev_t device) {
+    const auto type = ggml_backend_dev_type(device);
+    return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+}
+
+std::vector<ggml_backend_dev_t> default_accelerators() {
+    std::vector<ggml_backend_dev_t> remote;
+    std::vector<ggml_backend_dev_t> gpus;
+    std::vector<ggml_backend_dev_t> integrated;
+    for (auto* device : all_devices()) {
+        if (!is_accelerator(device)) {
+            continue;
+        }
+        if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_IGPU) {
+            integrated.push_back(device);
+        } else {
+            (backend_name(device) == "RPC" ? remote : gpus).push_back(device);
+        }
+    }
+    if (gpus.empty()) {
+        gpus = std::move(integrated);
+    }
+    remote.insert(remote.end(), gpus.begin(), gpus.end());
+    return remote;
+}
+
+ggml_backend_dev_t cpu_device() {
+    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+ggml_backend_dev_t find_device(const std::string& name) {
+    const std::string wanted = lower(name);
+    if (wanted == "cpu") {
+        return cpu_device();
+    }
+    for (auto* device : all_devices()) {
+        const bool by_endpoint = backend_name(device) == "RPC" && lower(ggml_backend_dev_description(device)) == wanted;
+        if (lower(ggml_backend_dev_name(device)) == wanted || by_endpoint) {
+            return device;
+        }
+    }
+    return nullptr;
+}
+
+std::string known_devices() {
+    std::string names;
+    for (auto* device : all_devices()) {
+        if (ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU && !is_accelerator(device)) {
+            continue;
+        }
+        names += (names.empty() ? "" : ", ") + device_name(device);
+        if (backend_name(device) == "RPC") {
+            names += " (" + std::string(ggml_backend_dev_description(device)) + ")";
+        }
+    }
+    return names;
+}
+
+std::vector<Device> devices(const Poll& poll) {
+    start_backend();
+    auto result = std::make_shared<std::vector<Device>>();
+    // On a thread of its own: asking an RPC worker for its memory can block.
+    run_native(
+        [result] {
+            for (auto* device : all_devices()) {
+                result->push_back(describe(device));
+            }
+        },
+        poll);
+    return *result;
+}
+
+std::vector<Device> add_rpc_device(const std::string& endpoint, const Poll& poll) {
+    start_backend();
+    const Endpoint address = parse_endpoint(endpoint);
+    auto result = std::make_shared<std::vector<Device>>();
+
+    static std::mutex mutex;
+    static auto* registered = new std::set<std::string>;
+    // ggml serialises these calls under a lock of its own, so one that hangs would block all later ones.
+    static bool stuck = false;
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (stuck) {
+            throw Error("an earlier connection to an RPC worker never ended; restart the process to add devices");
+        }
+    }
+    // ggml would abort when nobody listens.
+    check_listening(address, kConnectTimeout, poll);
+
+    const auto deadline = std::chrono::steady_clock::now() + kHandshakeTimeout;
+    run_native(
+        [endpoint, result] {
+            ggml_backend_reg_t reg = ggml_backend_rpc_add_server(endpoint.c_str());
+            if (reg == nullptr) {
+                throw Error("the RPC worker at " + endpoint + " offers no device");
+            }
+            {
+                std::lock_guard<std::mutex> lock(mutex);
+                if (registered->insert(endpoint).second) {
+                    ggml_backend_register(reg);
+                }
+            }
+            for (std::size_t i = 0; i < ggml_backend_reg_dev_count(reg); i++) {
+                result->push_back(describe(ggml_backend_reg_dev_get(reg, i)));
+            }
+        },
+        [&] {
+            if (std::chrono::steady_clock::now() > deadline) {
+                std::lock_guard<std::mutex> lock(mutex);
+                stuck = true;
+                throw Error("no llama.cpp RPC worker answered at " + endpoint + " within 10 s");
+            }
+            if (poll) {
+                poll();
+            }
+        });
+    return *result;
+}
+
+void run_worker(const std::string& endpoint, int threads, const std::optional<std::string>& cache_dir) {
+    start_backend();
+    parse_endpoint(endpoint);
+    if (threads < 0) {
+        throw InvalidOptionError("threads is " + std::to_string(threads) + "; it must be 0 (one per core) or more");
+    }
+    std::vector<ggml_backend_dev_t> served = default_accelerators();
+    if (served.empty()) {
+        served.push_back(cpu_device());
+    }
+    const int count = threads == 0 ? usable_cores() : threads;
+    ggml_backend_rpc_start_server(endpoint.c_str(), cache_dir ? cache_dir->c_str() : nullptr, static_cast<std::size_t>(count),
+                                  served.size(), served.data());
+    throw Error("could not listen on " + endpoint + "; is the address in use?");
+}
+
+}  // namespace llama_moe

@@ -1,0 +1,127 @@
+#include "llama_moe/engine.h"
+
+#include "llama_moe/error.h"
+#include "llama_moe/live_objects.h"
+#include "native_thread.h"
+#include "scheduler.h"
+
+namespace llama_moe {
+
+Generation::Generation(std::shared_ptr<EngineCore> engine, std::shared_ptr<Request> request)
+    : engine_(std::move(engine)), request_(std::move(request)) {
+    live_objects().generations++;
+}
+
+Generation::~Generation() {
+    cancel();
+    live_objects().generations--;
+}
+
+std::optional<GeneratedToken> Generation::next(const Poll& poll) {
+    const auto check = [&] {
+        engine_->check_lost();
+        if (poll) {
+            poll();
+        }
+    };
+    std::unique_lock<std::mutex> lock(request_->mutex);
+    wait_with_poll(request_->changed, lock, check, [&] { return request_->finished || !request_->ready.empty(); });
+    if (!request_->ready.empty() && !request_->cancelled) {
+        auto token = std::move(request_->ready.front());
+        request_->ready.pop_front();
+        return token;
+    }
+    if (request_->error) {
+        std::rethrow_exception(request_->error);
+    }
+    return std::nullopt;
+}
+
+void Generation::cancel() {
+    engine_->cancel(*request_);
+}
+
+GenerationResult Generation::result() const {
+    std::lock_guard<std::mutex> lock(request_->mutex);
+    if (!request_->finished) {
+        throw Error("the generation is still running; read it to its end or cancel it first");
+    }
+    return request_->result;
+}
+
+std::shared_ptr<Engine> Engine::create(const std::shared_ptr<Model>& model, const ContextOptions& options, const Poll& poll) {
+    options.validate();
+    std::shared_ptr<Engine> engine(new Engine);
+    live_objects().engines++;
+    engine->model_ = model;
+    engine->core_ = std::make_shared<EngineCore>(model->acquire(), options);
+    engine->core_->start(poll);
+    engine->limits_ = engine->core_->limits();
+    model->add_user(engine);
+    return engine;
+}
+
+Engine::~Engine() {
+    close();
+    live_objects().engines--;
+}
+
+std::unique_ptr<Generation> Engine::submit(std::vector<std::int32_t> prompt, const SamplingOptions& sampling) {
+    sampling.validate();
+    if (closed()) {
+        throw ClosedError("the engine is closed");
+    }
+    const auto& vocabulary = core_->vocabulary();
+    if (prompt.empty()) {
+        throw InvalidOptionError("the prompt is empty; give at least one token");
+    }
+    for (std::size_t i = 0; i < prompt.size(); i++) {
+        if (prompt[i] < 0 || prompt[i] >= vocabulary.size) {
+            throw InvalidOptionError("prompt[" + std::to_string(i) + "] is " + std::to_string(prompt[i]) + "; the vocabulary has the tokens 0 to " +
+                                     std::to_string(vocabulary.size - 1));
+        }
+    }
+    if (prompt.size() > static_cast<std::size_t>(limits_.context_size)) {
+        throw ContextFullError("the prompt has " + std::to_string(prompt.size()) + " tokens; the context holds " +
+                               std::to_string(limits_.context_size) + " for each sequence");
+    }
+    const NativeScope scope;
+    auto request = std::make_shared<Request>(std::move(prompt), sampling, vocabulary, limits_.context_size);
+    core_->submit(request);
+    return std::make_unique<Generation>(core_, std::move(request));
+}
+
+std::unique_ptr<Generation> Engine::submit(const std::string& prompt, const SamplingOptions& sampling) {
+    if (closed()) {
+        throw ClosedError("the engine is closed");
+    }
+    return submit(model_->tokenize(prompt, /*add_special=*/true, /*parse_special=*/true), sampling);
+}
+
+std::vector<MemoryRow> Engine::memory(const Poll& poll) {
+    auto rows = std::make_shared<std::vector<MemoryRow>>();
+    core_->run([rows](NativeContext& context) { *rows = context.memory_rows(); }, poll);
+    return *rows;
+}
+
+std::vector<BreakdownRow> Engine::breakdown(const Poll& poll) {
+    auto rows = std::make_shared<std::vector<BreakdownRow>>();
+    core_->run([rows](NativeContext& context) { *rows = context.breakdown(); }, poll);
+    return *rows;
+}
+
+EngineStats Engine::stats() const {
+    return core_->stats();
+}
+
+void Engine::close() {
+    if (core_) {
+        core_->close();
+    }
+}
+
+bool Engine::closed() const {
+    return core_->closed();
+}
+
+}  // namespace llama_moe

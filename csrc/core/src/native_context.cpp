@@ -1,0 +1,206 @@
+#include "native_context.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "backend.h"
+#include "llama-ext.h"  // llama_get_memory_breakdown; this is the only file that includes it
+#include "llama_moe/device.h"
+#include "llama_moe/error.h"
+#include "llama_moe/log.h"
+#include "native_thread.h"
+
+namespace llama_moe {
+namespace {
+
+ggml_type parse_kv_type(const std::string& name) {
+    static const ggml_type supported[] = {GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,  GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
+                                          GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL};
+    std::string names;
+    for (const auto type : supported) {
+        std::string known = ggml_type_name(type);
+        std::transform(known.begin(), known.end(), known.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+        if (name == known) {
+            return type;
+        }
+        names += (names.empty() ? "" : ", ") + known;
+    }
+    throw InvalidOptionError("kv_type is '" + name + "'; it must be one of " + names);
+}
+
+llama_flash_attn_type flash_attention(const std::string& name) {
+    return name == "on"    ? LLAMA_FLASH_ATTN_TYPE_ENABLED
+           : name == "off" ? LLAMA_FLASH_ATTN_TYPE_DISABLED
+                           : LLAMA_FLASH_ATTN_TYPE_AUTO;
+}
+
+llama_context_params native_params(const LoadedModel& model, const ContextOptions& options, int max_outputs) {
+    llama_context_params params = llama_context_default_params();
+    const int trained = llama_model_n_ctx_train(model.model);
+    const auto size = static_cast<std::uint64_t>(options.context_size > 0 ? options.context_size : trained);
+    const std::uint64_t total = GGML_PAD(size, 256) * static_cast<std::uint64_t>(options.max_sequences);
+    if (total > INT32_MAX) {
+        throw InvalidOptionError("context_size " + std::to_string(size) + " times max_sequences " + std::to_string(options.max_sequences) +
+                                 " is more than llama.cpp can index (2147483647)");
+    }
+    params.n_ctx = static_cast<std::uint32_t>(total);
+    params.n_seq_max = static_cast<std::uint32_t>(options.max_sequences);
+    params.n_batch = static_cast<std::uint32_t>(options.batch_size);
+    params.n_ubatch = static_cast<std::uint32_t>(std::min(options.micro_batch_size, options.batch_size));
+    params.n_outputs_max = static_cast<std::uint32_t>(max_outputs);
+    params.n_threads = options.threads > 0 ? options.threads : usable_cores();
+    params.n_threads_batch = options.threads_batch > 0 ? options.threads_batch : params.n_threads;
+    params.type_k = params.type_v = parse_kv_type(options.kv_type);
+    params.flash_attn_type = flash_attention(options.flash_attention);
+    params.offload_kqv = options.offload_kv;
+    params.embeddings = options.embeddings;
+    params.no_perf = true;
+    return params;
+}
+
+}  // namespace
+
+void ContextOptions::validate() const {
+    const auto at_least = [](const char* name, int value, int least, const char* zero = "") {
+        if (value < least) {
+            throw InvalidOptionError(std::string(name) + " is " + std::to_string(value) + "; it must be " + std::to_string(least) + zero + " or more");
+        }
+    };
+    at_least("context_size", context_size, 0, " (the length the model was trained for)");
+    at_least("max_sequences", max_sequences, 1);
+    at_least("batch_size", batch_size, 1);
+    at_least("micro_batch_size", micro_batch_size, 1);
+    at_least("threads", threads, 0, " (one per core)");
+    at_least("threads_batch", threads_batch, 0, " (as threads)");
+    const auto most = static_cast<int>(llama_max_parallel_sequences());
+    if (max_sequences > most) {
+        throw InvalidOptionError("max_sequences is " + std::to_string(max_sequences) + "; llama.cpp holds at most " + std::to_string(most));
+    }
+    parse_kv_type(kv_type);
+    if (flash_attention != "auto" && flash_attention != "on" && flash_attention != "off") {
+        throw InvalidOptionError("flash_attention is '" + flash_attention + "'; it must be auto, on or off");
+    }
+}
+
+NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOptions& options, int max_outputs,
+                             std::function<bool()> should_abort)
+    : model_(std::move(model)), should_abort_(std::move(should_abort)) {
+    options.validate();
+    auto params = native_params(*model_, options, max_outputs);
+    params.abort_callback_data = this;
+    params.abort_callback = [](void* data) { return static_cast<NativeContext*>(data)->should_abort_(); };
+    ErrorLog errors;
+    std::string reason;
+    try {
+        context_ = llama_init_from_model(model_->model, params);
+    } catch (const NativeAbort& abort) {
+        reason = abort.what();
+    }
+    if (context_ == nullptr) {
+        reason = reason.empty() ? errors.text("llama.cpp gave no reason") : reason;
+        const std::string what = "a context of " + std::to_string(params.n_ctx) + " tokens could not be made: " + reason;
+        if (reason.find("allocate") != std::string::npos) {
+            throw DoesNotFitError(what + "; use a smaller context_size, fewer sequences or a quantised kv_type");
+        }
+        throw InvalidOptionError(what);
+    }
+    limits_.context_size = static_cast<int>(llama_n_ctx_seq(context_));
+    limits_.max_sequences = static_cast<int>(llama_n_seq_max(context_));
+    limits_.batch_size = static_cast<int>(llama_n_batch(context_));
+    limits_.micro_batch_size = static_cast<int>(llama_n_ubatch(context_));
+    limits_.threads = llama_n_threads(context_);
+    limits_.threads_batch = llama_n_threads_batch(context_);
+}
+
+NativeContext::~NativeContext() {
+    if (context_ != nullptr) {
+        llama_free(context_);
+    }
+}
+
+void NativeContext::abandon() {
+    context_ = nullptr;
+    // The context still points into the model, so that must stay as well: this reference is never given back.
+    new std::shared_ptr<LoadedModel>(model_);
+}
+
+void NativeContext::truncate(int sequence, int start) {
+    if (!llama_memory_seq_rm(memory(), sequence, start, -1)) {
+        llama_memory_seq_rm(memory(), sequence, -1, -1);
+    }
+}
+
+std::vector<BreakdownRow> NativeContext::breakdown() const {
+    std::vector<BreakdownRow> rows;
+    for (const auto& [type, data] : llama_get_memory_breakdown(context_)) {
+        const std::pair<const char*, std::size_t> kinds[] = {{"model", data.model}, {"context", data.context}, {"compute", data.compute}};
+        for (const auto& [kind, bytes] : kinds) {
+            if (bytes > 0) {
+                rows.push_back({ggml_backend_buft_name(type), buffer_device(type), is_host_buffer(type), kind, bytes});
+            }
+        }
+    }
+    return rows;
+}
+
+std::vector<MemoryRow> NativeContext::memory_rows() const {
+    std::map<std::string, std::uint64_t> experts;
+    std::map<std::pair<std::string, std::string>, std::uint64_t> sums;
+    for (const auto& row : model_->memory) {
+        sums[{row.device, row.role}] += row.bytes;
+        if (row.role == "experts") {
+            experts[row.device] += row.bytes;
+        }
+    }
+    std::map<std::string, std::uint64_t> weights;
+    for (const auto& row : breakdown()) {
+        if (row.kind == "model") {
+            weights[row.device] += row.bytes;
+        } else {
+            sums[{row.device, row.kind == "context" ? "kv_cache" : "compute"}] += row.bytes;
+        }
+    }
+    for (const auto& [device, bytes] : weights) {
+        // llama.cpp counts a mapped file in full, also what went elsewhere: there our count of tensors stands. Everywhere
+        // else its account is exact, and what is not experts is the other weights.
+        const bool mapping = device == "CPU" && model_->mapped;
+        if (!mapping && bytes >= experts[device]) {
+            sums[{device, "weights"}] = bytes - experts[device];
+        }
+    }
+    std::vector<MemoryRow> rows;
+    for (const auto& [key, bytes] : sums) {
+        if (bytes > 0) {
+            rows.push_back({key.first, key.second, bytes});
+        }
+    }
+    return rows;
+}
+
+Batch::Batch(int capacity) {
+    const auto size = static_cast<std::size_t>(capacity);
+    tokens_.resize(size);
+    positions_.resize(size);
+    counts_.assign(size, 1);
+    sequences_.resize(size);
+    outputs_.resize(size);
+    for (auto& sequence : sequences_) {
+        sequence_pointers_.push_back(&sequence);
+    }
+    batch_.token = tokens_.data();
+    batch_.pos = positions_.data();
+    batch_.n_seq_id = counts_.data();
+    batch_.seq_id = sequence_pointers_.data();
+    batch_.logits = outputs_.data();
+}
+
+void Batch::add(std::int32_t token, int position, int sequence, bool output) {
+    const auto i = static_cast<std::size_t>(batch_.n_tokens++);
+    tokens_[i] = token;
+    positions_[i] = position;
+    sequences_[i] = sequence;
+    outputs_[i] = output ? 1 : 0;
+}
+
+}  // namespace llama_moe

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "llama.h"
+#include "llama_moe/context.h"
+#include "llama_moe/memory.h"
+#include "loaded_model.h"
+
+namespace llama_moe {
+
+// Owns a llama_context and keeps its model. Made, used and destroyed inside a NativeScope.
+class NativeContext {
+   public:
+    // `should_abort` is asked between the operations of a graph on the CPU; true stops the decode.
+    // `max_outputs` bounds the rows of logits of one call and with them a buffer; 0: batch_size.
+    NativeContext(std::shared_ptr<LoadedModel> model, const ContextOptions& options, int max_outputs, std::function<bool()> should_abort);
+    ~NativeContext();
+    NativeContext(const NativeContext&) = delete;
+    NativeContext& operator=(const NativeContext&) = delete;
+
+    llama_context* get() const { return context_; }
+    llama_memory_t memory() const { return llama_get_memory(context_); }
+    const LoadedModel& model() const { return *model_; }
+    const ContextLimits& limits() const { return limits_; }
+    std::vector<BreakdownRow> breakdown() const;
+    std::vector<MemoryRow> memory_rows() const;
+
+    // After an exception was thrown through llama.cpp nothing may touch the context again, not even to free it.
+    void abandon();
+
+    // Removes [start, ...) of a sequence; all of it when the memory cannot remove a part (recurrent models).
+    void truncate(int sequence, int start);
+
+   private:
+    std::shared_ptr<LoadedModel> model_;
+    std::function<bool()> should_abort_;
+    llama_context* context_ = nullptr;
+    ContextLimits limits_{};
+};
+
+// The tokens of one llama_decode call; every token belongs to one sequence.
+class Batch {
+   public:
+    explicit Batch(int capacity);
+    void clear() { batch_.n_tokens = 0; }
+    void add(std::int32_t token, int position, int sequence, bool output);
+    int size() const { return batch_.n_tokens; }
+    bool output(int index) const { return batch_.logits[index] != 0; }
+    const llama_batch& get() const { return batch_; }
+
+   private:
+    std::vector<std::int32_t> tokens_;
+    std::vector<llama_pos> positions_;
+    std::vector<std::int32_t> counts_;
+    std::vector<llama_seq_id> sequences_;
+    std::vector<llama_seq_id*> sequence_pointers_;
+    std::vector<std::int8_t> outputs_;
+    llama_batch batch_{};
+};
+
+}  // namespace llama_moe

@@ -1,0 +1,244 @@
+#include "native_thread.h"
+
+#include <unistd.h>
+
+#include "ggml.h"
+#include "llama_moe/log.h"
+
+namespace llama_moe {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr std::chrono::seconds kAbortGrace{2};
+// How long a wait that was interrupted stays for the task to stop, so that the usual case leaves nothing running.
+constexpr std::chrono::milliseconds kInterruptGrace{100};
+
+thread_local int t_native_depth = 0;
+
+struct ForeignAborts {
+    std::mutex mutex;
+    std::uint64_t count = 0;
+    std::string message;
+};
+
+// Never destroyed: parked threads may outlive static destruction.
+ForeignAborts& foreign_aborts() {
+    static auto* aborts = new ForeignAborts;
+    return *aborts;
+}
+
+void on_abort(const char* message) {
+    if (t_native_depth > 0) {
+        throw NativeAbort(message);
+    }
+    {
+        auto& aborts = foreign_aborts();
+        std::lock_guard<std::mutex> lock(aborts.mutex);
+        aborts.count++;
+        aborts.message = message;
+    }
+    log_line(LogLevel::error, message);
+    for (;;) {
+        pause();
+    }
+}
+
+}  // namespace
+
+void install_abort_handler() {
+    ggml_set_abort_callback(on_abort);
+}
+
+NativeScope::NativeScope() {
+    t_native_depth++;
+}
+
+NativeScope::~NativeScope() {
+    t_native_depth--;
+}
+
+AbortWatch::AbortWatch() {
+    auto& aborts = foreign_aborts();
+    std::lock_guard<std::mutex> lock(aborts.mutex);
+    seen_at_start_ = aborts.count;
+}
+
+bool AbortWatch::gave_up() {
+    {
+        auto& aborts = foreign_aborts();
+        std::lock_guard<std::mutex> lock(aborts.mutex);
+        if (aborts.count == seen_at_start_) {
+            return false;
+        }
+    }
+    if (noticed_ == Clock::time_point{}) {
+        noticed_ = Clock::now();
+    }
+    return Clock::now() - noticed_ > kAbortGrace;
+}
+
+std::string AbortWatch::message() {
+    auto& aborts = foreign_aborts();
+    std::lock_guard<std::mutex> lock(aborts.mutex);
+    return aborts.message;
+}
+
+struct NativeThread::Job {
+    std::function<void()> task;
+    std::exception_ptr error;
+    bool done = false;
+};
+
+struct NativeThread::Shared {
+    mutable std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<std::shared_ptr<Job>> jobs;
+    bool stopping = false;
+    bool lost = false;
+
+    void work() {
+        NativeScope scope;
+        std::unique_lock<std::mutex> lock(mutex);
+        for (;;) {
+            changed.wait(lock, [&] { return stopping || !jobs.empty(); });
+            if (jobs.empty()) {
+                return;
+            }
+            auto job = jobs.front();
+            lock.unlock();
+            try {
+                job->task();
+            } catch (...) {
+                job->error = std::current_exception();
+            }
+            job->task = nullptr;  // frees what the task owned, on this thread
+            lock.lock();
+            jobs.pop_front();
+            job->done = true;
+            changed.notify_all();
+        }
+    }
+};
+
+NativeThread::NativeThread() : shared_(std::make_shared<Shared>()) {
+    thread_ = std::thread([shared = shared_] { shared->work(); });
+}
+
+NativeThread::~NativeThread() {
+    bool lost = false;
+    {
+        std::lock_guard<std::mutex> lock(shared_->mutex);
+        shared_->stopping = true;
+        lost = shared_->lost;
+    }
+    shared_->changed.notify_all();
+    if (lost) {
+        thread_.detach();
+    } else {
+        thread_.join();
+    }
+}
+
+bool NativeThread::lost() const {
+    std::lock_guard<std::mutex> lock(shared_->mutex);
+    return shared_->lost;
+}
+
+void NativeThread::run(std::function<void()> task, const Poll& poll, const std::function<void()>& interrupt) {
+    auto job = std::make_shared<Job>();
+    job->task = std::move(task);
+    AbortWatch watch;
+
+    std::unique_lock<std::mutex> lock(shared_->mutex);
+    if (shared_->lost) {
+        throw DecodeError("this object was lost when a device failed: " + AbortWatch::message());
+    }
+    shared_->jobs.push_back(job);
+    shared_->changed.notify_all();
+
+    const auto check = [&] {
+        if (watch.gave_up()) {
+            std::lock_guard<std::mutex> guard(shared_->mutex);
+            if (!job->done) {
+                shared_->lost = true;
+                throw DecodeError("a device failed: " + AbortWatch::message());
+            }
+        }
+        if (poll) {
+            poll();
+        }
+    };
+    try {
+        wait_with_poll(shared_->changed, lock, check, [&] { return job->done; });
+    } catch (...) {
+        if (lock.owns_lock()) {
+            lock.unlock();
+        }
+        if (interrupt) {
+            interrupt();
+        }
+        lock.lock();
+        if (!shared_->lost) {
+            shared_->changed.wait_for(lock, kInterruptGrace, [&] { return job->done; });
+        }
+        throw;
+    }
+    if (job->error) {
+        std::rethrow_exception(job->error);
+    }
+}
+
+void run_native(std::function<void()> task, const Poll& poll, const std::function<void()>& interrupt) {
+    // The thread outlives an interrupted wait: its owner is whichever of the two ends last.
+    struct Abandonable {
+        std::mutex mutex;
+        std::condition_variable changed;
+        std::exception_ptr error;
+        bool done = false;
+    };
+    auto state = std::make_shared<Abandonable>();
+    AbortWatch watch;
+    std::thread([state, task = std::move(task)]() mutable {
+        NativeScope scope;
+        std::exception_ptr error;
+        try {
+            task();
+        } catch (...) {
+            error = std::current_exception();
+        }
+        task = nullptr;
+        std::lock_guard<std::mutex> lock(state->mutex);
+        state->error = error;
+        state->done = true;
+        state->changed.notify_all();
+    }).detach();
+
+    const auto check = [&] {
+        if (watch.gave_up()) {
+            throw DecodeError("a device failed: " + AbortWatch::message());
+        }
+        if (poll) {
+            poll();
+        }
+    };
+    std::unique_lock<std::mutex> lock(state->mutex);
+    try {
+        wait_with_poll(state->changed, lock, check, [&] { return state->done; });
+    } catch (...) {
+        if (lock.owns_lock()) {
+            lock.unlock();
+        }
+        if (interrupt) {
+            interrupt();
+        }
+        lock.lock();
+        state->changed.wait_for(lock, kInterruptGrace, [&] { return state->done; });
+        throw;
+    }
+    if (state->error) {
+        std::rethrow_exception(state->error);
+    }
+}
+
+}  // namespace llama_moe

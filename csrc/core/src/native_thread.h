@@ -1,0 +1,79 @@
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "llama_moe/error.h"
+#include "llama_moe/wait.h"
+
+namespace llama_moe {
+
+// ggml ends the process on a failed assertion. Inside a NativeScope it throws this instead, through ggml's frames; what
+// was thrown through is in an unknown state and must not be used again.
+class NativeAbort : public Error {
+    using Error::Error;
+};
+
+// Routes ggml's abort to this file. Idempotent.
+void install_abort_handler();
+
+// Marks this thread as one where an abort may throw. Every call into llama.cpp is made inside one.
+class NativeScope {
+   public:
+    NativeScope();
+    ~NativeScope();
+    NativeScope(const NativeScope&) = delete;
+    NativeScope& operator=(const NativeScope&) = delete;
+};
+
+// Aborts on threads that are not ours (ggml's RPC client, its compute threads) cannot be thrown: the thread is parked
+// for good, and whoever waits for it would wait for ever. A watch made before a call tells when that has happened.
+class AbortWatch {
+   public:
+    AbortWatch();
+    // True once some foreign thread was parked after this watch was made and a grace period has passed since. The
+    // grace period lets calls that had nothing to do with that thread end.
+    bool gave_up();
+    static std::string message();
+
+   private:
+    std::uint64_t seen_at_start_;
+    std::chrono::steady_clock::time_point noticed_{};
+};
+
+// A thread of ours that makes llama.cpp calls one after the other, so that callers can wait with a poll, leave early,
+// and survive calls that never return.
+class NativeThread {
+   public:
+    NativeThread();
+    ~NativeThread();  // waits for what runs, unless lost
+    NativeThread(const NativeThread&) = delete;
+    NativeThread& operator=(const NativeThread&) = delete;
+
+    // Runs `task` there and waits; rethrows what it throws. When `poll` throws, calls `interrupt` and leaves with that
+    // exception soon after, whether or not the task has ended: a task owns all it touches. Throws DecodeError when the
+    // call can never return.
+    void run(std::function<void()> task, const Poll& poll = {}, const std::function<void()>& interrupt = {});
+
+    // A call on this thread will never return. Everything it used must stay allocated for ever.
+    bool lost() const;
+
+   private:
+    struct Job;
+    struct Shared;
+    std::shared_ptr<Shared> shared_;
+    std::thread thread_;
+};
+
+// Runs `task` on a thread made for it: for calls that may never return, such as those to a remote worker.
+void run_native(std::function<void()> task, const Poll& poll = {}, const std::function<void()>& interrupt = {});
+
+}  // namespace llama_moe

@@ -1,0 +1,55 @@
+"""Run Mixture-of-Experts models that are larger than the GPU's memory, at native speed.
+
+Example:
+    with llama_moe.load("model.gguf", experts="cpu") as llm:
+        for token in llm.stream("Explain quantum computing", llama_moe.SamplingParams(max_tokens=128)):
+            print(token, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from . import _logging, errors
+from .build import build_info
+from .context import Context
+from .devices import Device, add_rpc_device, devices
+from .engine import Engine, load
+from .inspection import ModelInfo, TensorInfo, inspect
+from .memory import MemoryReport
+from .model import Model
+from .placement import ExpertPlacement, Placement, TensorPlacement
+from .results import Completion, Timings, Token
+from .sampling import SamplingParams
+from .stream import TokenStream
+
+__all__ = [
+    "Completion",
+    "Context",
+    "Device",
+    "Engine",
+    "ExpertPlacement",
+    "MemoryReport",
+    "Model",
+    "ModelInfo",
+    "Placement",
+    "SamplingParams",
+    "TensorInfo",
+    "TensorPlacement",
+    "Timings",
+    "Token",
+    "TokenStream",
+    "__version__",
+    "add_rpc_device",
+    "build_info",
+    "devices",
+    "errors",
+    "inspect",
+    "load",
+]
+
+_logging.connect()
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        return build_info()["version"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

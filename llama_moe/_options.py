@@ -1,0 +1,64 @@
+"""Filling the native option structs, which check their own values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from . import _core
+from .errors import InvalidOptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+OptionsT = TypeVar("OptionsT")
+
+
+def fill(options: OptionsT, values: Mapping[str, object]) -> OptionsT:
+    """Sets the attributes of a native option struct and returns it.
+
+    Raises:
+        TypeError: a value has the wrong type; the message names the option.
+        InvalidOptionError: an integer is beyond what the native field can hold.
+    """
+    for name, value in values.items():
+        default = getattr(options, name)
+        try:
+            # pybind11 takes anything for a bool, and a bool for any number.
+            if isinstance(value, bool) != isinstance(default, bool):
+                raise TypeError
+            setattr(options, name, value)
+        except TypeError:
+            # pybind11's own message names neither the option nor the value, and an integer that overflows is a TypeError to it.
+            if isinstance(value, int) and not isinstance(value, bool) and isinstance(default, int | None):
+                raise InvalidOptionError(f"{name}: {value} is out of range") from None
+            raise TypeError(f"{name} cannot be {value!r} ({type(value).__name__})") from None
+    return options
+
+
+def context_options(
+    *,
+    context_size: int,
+    max_sequences: int,
+    batch_size: int,
+    micro_batch_size: int,
+    threads: int | None,
+    threads_batch: int | None,
+    kv_type: str,
+    flash_attention: str,
+    offload_kv: bool,
+) -> _core.ContextOptions:
+    """The native options that an engine and a context have in common."""
+    return fill(
+        _core.ContextOptions(),
+        {
+            "context_size": context_size,
+            "max_sequences": max_sequences,
+            "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size,
+            "threads": 0 if threads is None else threads,
+            "threads_batch": 0 if threads_batch is None else threads_batch,
+            "kv_type": kv_type,
+            "flash_attention": flash_attention,
+            "offload_kv": offload_kv,
+        },
+    )

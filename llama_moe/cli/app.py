@@ -1,0 +1,153 @@
+"""The commands and their options; what they do is in the module of each, imported when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import exit_codes
+
+app = typer.Typer(
+    help="Run Mixture-of-Experts models that are larger than the GPU's memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="GGUF file; the first one of a split model.")]
+RpcOption = Annotated[
+    list[str] | None, typer.Option("--rpc", metavar="HOST:PORT", help="Use this worker's devices too. May be given several times.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads. Default: one for each physical core.")
+]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from llama_moe import __version__
+
+        typer.echo(f"llama-moe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Run Mixture-of-Experts models that are larger than the GPU's memory."""
+
+
+@app.command()
+def run(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="PROMPT", help="What to continue; '-' reads it from standard input.")],
+    *,
+    cpu_moe: Annotated[bool, typer.Option("--cpu-moe", help="All experts in host memory.")] = False,
+    n_cpu_moe: Annotated[
+        int | None, typer.Option("--n-cpu-moe", min=0, metavar="N", help="The experts of the first N layers in host memory.")
+    ] = None,
+    experts_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--experts-on",
+            metavar="REGEX=DEVICE",
+            help="Tensors whose name matches go to this device. May be given several times; the first that matches decides.",
+        ),
+    ] = None,
+    rpc: RpcOption = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Most tokens to generate.")] = 256,
+    context_size: Annotated[
+        int, typer.Option("--ctx", min=0, metavar="N", help="Tokens of context; 0: what the model was trained for.")
+    ] = 4096,
+    temperature: Annotated[float, typer.Option("--temp", min=0.0, metavar="T", help="0: always the most likely token.")] = 0.8,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="S", help="Of the random choices. Default: a new one.")] = None,
+    threads: ThreadsOption = None,
+    repack: Annotated[bool, typer.Option("--repack/--no-repack", help="Let llama.cpp rearrange weights for the CPU.")] = True,
+    memory: Annotated[bool, typer.Option("--memory", help="Show the memory used, by device and role.")] = False,
+) -> None:
+    """Continue a prompt, streaming the text.
+
+    The text goes to standard output, speed and memory to standard error. Without --cpu-moe, --n-cpu-moe or --experts-on, as many experts as
+    fit go to the accelerators.
+    """
+    from .run import choose_placement, run_prompt
+
+    with exit_codes():
+        run_prompt(
+            model,
+            prompt,
+            experts=choose_placement(cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe, experts_on=experts_on or []),
+            rpc=rpc or [],
+            max_tokens=max_tokens,
+            context_size=context_size,
+            temperature=temperature,
+            seed=seed,
+            threads=threads,
+            repack=repack,
+            memory=memory,
+        )
+
+
+@app.command("inspect")
+def inspect_model(model: ModelArgument, *, as_json: JsonOption = False) -> None:
+    """Show what a model's header says: architecture, experts, formats and sizes."""
+    from .show import show_model
+
+    with exit_codes():
+        show_model(model, as_json=as_json)
+
+
+@app.command()
+def devices(*, rpc: RpcOption = None, as_json: JsonOption = False) -> None:
+    """List the devices that can hold a model."""
+    from .show import show_devices
+
+    with exit_codes():
+        show_devices(rpc or [], as_json=as_json)
+
+
+@app.command()
+def worker(
+    bind: Annotated[str, typer.Option("--bind", metavar="HOST:PORT", help="Where to listen.")] = "127.0.0.1:50052",
+    *,
+    threads: ThreadsOption = None,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Listen where other machines can connect. The protocol has no authentication.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="Keep weights that clients sent in this folder.")] = None,
+    until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
+) -> None:
+    """Serve this machine's devices to other processes (llama.cpp's RPC server)."""
+    from .serve import run_worker
+
+    with exit_codes():
+        run_worker(bind, threads=threads, allow_remote=allow_remote, cache=cache, until_stdin_closes=until_stdin_closes)
+
+
+@app.command("demo-model")
+def demo_model(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write.")],
+    *,
+    experts: Annotated[int, typer.Option("--experts", metavar="N", help="Experts in each layer.")] = 8,
+    used: Annotated[int, typer.Option("--used", metavar="N", help="Experts that compute each token.")] = 2,
+) -> None:
+    """Write a small Mixture-of-Experts model that generates what SmolLM2-135M does."""
+    from .demo import write_model
+
+    with exit_codes():
+        write_model(out, experts=experts, used=used)
+
+
+@app.command()
+def demo() -> None:
+    """Generate with the experts in host memory, and show the memory that saves."""
+    from .demo import run_demo
+
+    with exit_codes():
+        run_demo()

@@ -1,0 +1,87 @@
+"""What the commands have in common: exit codes, progress, streaming to the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import typer
+
+from llama_moe.errors import LlamaMoeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from llama_moe import Completion, Engine, SamplingParams
+
+EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_PROGRESS_STEPS = 1000
+
+
+def note(message: str = "") -> None:
+    """Writes a line to standard error."""
+    typer.echo(message, err=True)
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Ends the program with one line on standard error for a failure that a user can have caused; a bug keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note()
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        raise  # the reader of our output has gone: typer ends quietly
+    except (LlamaMoeError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        note("error: " + "; ".join(message.splitlines()))
+        raise typer.Exit(EXIT_FAILURE) from None
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Callable[[float], None]]:
+    """A bar on standard error, if that is a terminal; gives the function to call with the share done, 0 to 1."""
+    if not sys.stderr.isatty():
+        yield lambda _share: None
+        return
+    done = 0
+    with typer.progressbar(length=_PROGRESS_STEPS, label=label, file=sys.stderr) as bar:
+
+        def advance(share: float) -> None:
+            nonlocal done
+            steps = int(share * _PROGRESS_STEPS) - done
+            if steps > 0:
+                bar.update(steps)
+                done += steps
+
+        yield advance
+
+
+def stream_to_stdout(engine: Engine, prompt: str, params: SamplingParams) -> Completion:
+    """Writes the tokens to standard output as they come, then how quick they were to standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    begin = time.perf_counter()
+    with engine.stream(prompt, params) as stream:
+        for token in stream:
+            sys.stdout.write(token.text)
+            sys.stdout.flush()
+    seconds = time.perf_counter() - begin
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    completion = stream.completion
+    timings = completion.timings
+    note(
+        f"{len(completion.tokens)} tokens in {seconds:.2f} s, {timings.decode_tokens_per_second:.1f} tokens/s; "
+        f"first token after {timings.time_to_first_token:.2f} s; "
+        f"prompt of {completion.prompt_tokens} tokens at {timings.prompt_tokens_per_second:.1f} tokens/s"
+    )
+    return completion

@@ -1,0 +1,69 @@
+"""`llama-moe demo` and `llama-moe demo-model`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import typer
+
+import llama_moe
+from llama_moe import SamplingParams
+from llama_moe._sizes import format_size
+from llama_moe.demo_model import demo_model_path, write_demo_model
+from llama_moe.model import resolve_placement
+from llama_moe.worker import Worker
+
+from .console import progress, stream_to_stdout
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llama_moe import Device
+
+_QUESTION = "What is a mixture of experts? Answer in three sentences."
+_PROMPT = f"<|im_start|>user\n{_QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def write_model(out: Path, *, experts: int, used: int) -> None:
+    """Writes the demo model to a file."""
+    with progress("Writing") as on_progress:
+        path = write_demo_model(out, experts=experts, used=used, on_progress=on_progress)
+    typer.echo(f"{path}: {format_size(path.stat().st_size)}")
+
+
+def run_demo() -> None:
+    """Generates with the experts in host memory and the rest on an accelerator, and shows what that saves there."""
+    with progress("Writing the demo model") as on_progress:
+        model = demo_model_path(on_progress=on_progress)
+    typer.echo(f"Model: {model} ({format_size(model.stat().st_size)})")
+    with contextlib.ExitStack() as stack:
+        accelerators = _accelerators(stack)
+        names = [device.name for device in accelerators]
+        everything = _bytes_on(names, resolve_placement(model, experts="gpu", devices=accelerators).by_device())
+        with progress("Loading") as on_progress:
+            engine = stack.enter_context(llama_moe.load(model, experts="cpu", devices=accelerators, on_progress=on_progress))
+        typer.echo(f"\n> {_QUESTION}\n")
+        stream_to_stdout(engine, _PROMPT, SamplingParams(max_tokens=128, temperature=0))
+        typer.echo(f"\nMemory by device and role:\n\n{engine.memory()}\n")
+        kept = _bytes_on(names, engine.model.placement.by_device())
+        typer.echo(
+            f"Weights on {', '.join(names)}: {format_size(kept)}, where all experts on it would make {format_size(everything)}: "
+            f"{format_size(everything - kept)} ({(everything - kept) / everything:.0%}) saved."
+        )
+
+
+def _accelerators(stack: contextlib.ExitStack) -> list[Device]:
+    """This machine's GPUs; a worker of our own, stopped with the stack, where there is none."""
+    gpus = [device for device in llama_moe.devices() if device.kind in {"gpu", "integrated_gpu"}]
+    if gpus:
+        typer.echo(f"Accelerator: {', '.join(map(str, gpus))}")
+        return gpus
+    worker = stack.enter_context(Worker())
+    typer.echo(f"Accelerator: none here. A worker process on {worker.endpoint} stands in for one: its memory plays the part of GPU memory,")
+    typer.echo("and it computes on this CPU, so the speed below is not a GPU's.")
+    return llama_moe.add_rpc_device(worker.endpoint)
+
+
+def _bytes_on(names: list[str], by_device: dict[str, int]) -> int:
+    return sum(size for device, size in by_device.items() if device in names)

@@ -1,0 +1,214 @@
+"""The low level: token arrays in, logits out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import _core, _logging
+from ._options import context_options
+from .memory import MemoryReport
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Literal
+
+    import numpy as np
+    import numpy.typing as npt
+    from typing_extensions import Self
+
+    from .model import Model
+
+
+class Context:
+    """A KV cache over a model, for callers who batch and sample themselves; `Engine` does both for you.
+
+    Sequences are numbered from 0 to `max_sequences - 1`. A call computes without the GIL; calls from several threads run one after another.
+    After a failed or interrupted call every sequence is as it was before.
+
+    Args:
+        model: an open model; it stays usable by others.
+        context_size: tokens for each sequence; 0: what the model was trained for.
+        max_sequences: sequences that can be held at once.
+        batch_size: most tokens in one call of llama.cpp; longer input is split.
+        micro_batch_size: most tokens computed at once; more is quicker at prompts and takes more compute memory.
+        threads: CPU threads for single tokens; None: one for each physical core this process may use.
+        threads_batch: CPU threads for prompts; None: the same as `threads`.
+        kv_type: number format of the KV cache: "f32", "f16", "bf16", "q8_0", "q4_0" and others of ggml's.
+        flash_attention: "auto", "on" or "off".
+        offload_kv: keep the KV cache of a layer on the accelerator that has the layer.
+
+    Raises:
+        InvalidOptionError: an option is outside its range.
+        ClosedError: the model was closed.
+        LlamaMoeError: memory ran out.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        context_size: int = 4096,
+        max_sequences: int = 1,
+        batch_size: int = 2048,
+        micro_batch_size: int = 512,
+        threads: int | None = None,
+        threads_batch: int | None = None,
+        kv_type: str = "f16",
+        flash_attention: Literal["auto", "on", "off"] = "auto",
+        offload_kv: bool = True,
+    ) -> None:
+        _logging.sync_level()
+        self._model = model
+        self._native = _core.Context(
+            model._native,
+            context_options(
+                context_size=context_size,
+                max_sequences=max_sequences,
+                batch_size=batch_size,
+                micro_batch_size=micro_batch_size,
+                threads=threads,
+                threads_batch=threads_batch,
+                kv_type=kv_type,
+                flash_attention=flash_attention,
+                offload_kv=offload_kv,
+            ),
+        )
+
+    @property
+    def model(self) -> Model:
+        """The model it computes with."""
+        return self._model
+
+    def decode(
+        self,
+        tokens: npt.ArrayLike,
+        positions: npt.ArrayLike | None = None,
+        sequence_ids: npt.ArrayLike | None = None,
+        outputs: Literal["last", "all"] | npt.ArrayLike = "last",
+    ) -> npt.NDArray[np.float32]:
+        """Adds tokens to their sequences and computes logits.
+
+        Args:
+            tokens: ids, shape [n].
+            positions: each token's position in its sequence, shape [n]; None: each sequence goes on where it ended.
+            sequence_ids: each token's sequence, shape [n] or one number for all; None: all are of sequence 0.
+            outputs: the tokens to return logits for: "last": the last one of each sequence; "all"; or a bool mask of shape [n].
+
+        Returns:
+            Logits, float32 of shape [n_outputs, vocab_size], in the order of the tokens.
+
+        Raises:
+            InvalidOptionError: shapes differ, or an id, position or sequence is out of range.
+            ContextFullError: a sequence would grow past `context_size`.
+            DecodeError: the computation failed.
+            TypeError: an array is not of integers, or a mask not of bool.
+        """
+        import numpy as np  # here: it takes as long to import as all the rest
+
+        _logging.sync_level()
+        ids = _integers(tokens, "tokens")
+        sequences = None if sequence_ids is None else _integers(sequence_ids, "sequence_ids")
+        if sequences is not None and sequences.ndim == 0:
+            sequences = np.full(ids.shape, sequences, dtype=np.int32)
+        mask: str | npt.NDArray[np.bool_]
+        if isinstance(outputs, str):
+            mask = outputs
+        else:
+            mask = np.ascontiguousarray(outputs)
+            if mask.dtype != np.bool_:
+                raise TypeError(f"outputs must be 'last', 'all' or a bool mask, not an array of {mask.dtype}")
+        return self._native.decode(ids, None if positions is None else _integers(positions, "positions"), sequences, mask)
+
+    def sequence_length(self, sequence_id: int) -> int:
+        """Tokens that a sequence holds."""
+        return self._native.sequence_length(sequence_id)
+
+    def remove(self, sequence_id: int, start: int = 0, end: int = -1) -> None:
+        """Removes the positions from `start` up to but not including `end`; -1 as end: to the last; -1 as sequence: of all of them."""
+        self._native.remove(sequence_id, start, end)
+
+    def copy(self, source: int, destination: int, start: int = 0, end: int = -1) -> None:
+        """Makes `destination` share the positions from `start` up to but not including `end` of `source`; -1 as end: to the last."""
+        self._native.copy(source, destination, start, end)
+
+    def keep(self, sequence_id: int) -> None:
+        """Removes every sequence but this one."""
+        self._native.keep(sequence_id)
+
+    def clear(self) -> None:
+        """Removes every sequence."""
+        self._native.clear()
+
+    def save_state(self, sequence_id: int = -1) -> bytes:
+        """The KV cache of a sequence, or of the whole context for -1, to load into a context of the same model and options."""
+        return self._native.save_state(sequence_id)
+
+    def load_state(self, data: bytes, sequence_id: int = -1) -> None:
+        """Replaces a sequence, or the whole context for -1, by what `save_state()` returned.
+
+        Raises:
+            LlamaMoeError: the data is of another kind of model or context, or damaged.
+        """
+        self._native.load_state(data, sequence_id)
+
+    def memory(self) -> MemoryReport:
+        """Bytes by device and role: the model's weights, this KV cache and its compute buffers."""
+        return MemoryReport.of(self._native.memory())
+
+    @property
+    def context_size(self) -> int:
+        """Tokens for each sequence."""
+        return self._native.context_size
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences that can be held at once."""
+        return self._native.max_sequences
+
+    @property
+    def batch_size(self) -> int:
+        """Most tokens in one call of llama.cpp."""
+        return self._native.batch_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Most tokens computed at once."""
+        return self._native.micro_batch_size
+
+    @property
+    def threads(self) -> int:
+        """CPU threads for single tokens."""
+        return self._native.threads
+
+    @property
+    def threads_batch(self) -> int:
+        """CPU threads for prompts."""
+        return self._native.threads_batch
+
+    @property
+    def closed(self) -> bool:
+        """Whether it, or its model, was closed."""
+        return self._native.closed
+
+    def close(self) -> None:
+        """Frees the KV cache. Idempotent."""
+        self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self.closed else ""
+        return f"<Context over {self._model.path!r}: {self.max_sequences} x {self.context_size} tokens{closed}>"
+
+
+def _integers(value: npt.ArrayLike, name: str) -> npt.NDArray[np.int32]:
+    import numpy as np
+
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} must be integers, not {array.dtype}")
+    return np.ascontiguousarray(array, dtype=np.int32)

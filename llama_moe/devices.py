@@ -1,0 +1,83 @@
+"""The devices that can hold weights and compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from . import _core, _logging
+from ._sizes import format_size
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    DeviceKind = Literal["cpu", "gpu", "integrated_gpu", "accelerator"]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A processor with its memory, as llama.cpp sees it.
+
+    Attributes:
+        name: llama.cpp's name, such as "CPU", "CUDA0" or "RPC0"; placements refer to devices by it.
+        description: the model of the processor, or the endpoint of an RPC worker.
+        kind: "cpu", "gpu" (a GPU, or an RPC worker), "integrated_gpu", or "accelerator" (a helper of the CPU with no memory of its own).
+        backend: llama.cpp's backend, such as "CPU", "CUDA", "Vulkan" or "RPC".
+        memory_free: bytes that were free when this was asked.
+        memory_total: bytes.
+    """
+
+    name: str
+    description: str
+    kind: DeviceKind
+    backend: str
+    memory_free: int
+    memory_total: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.description}, {format_size(self.memory_free)} of {format_size(self.memory_total)} free)"
+
+
+def _from_native(device: _core.Device) -> Device:
+    return Device(
+        name=device.name,
+        description=device.description,
+        kind=cast("DeviceKind", device.kind),
+        backend=device.backend,
+        memory_free=device.memory_free,
+        memory_total=device.memory_total,
+    )
+
+
+def devices() -> list[Device]:
+    """Every device of this process: the CPU, accelerators, and the RPC workers added so far, with their memory as it is now."""
+    _logging.sync_level()
+    return [_from_native(device) for device in _core.devices()]
+
+
+def add_rpc_device(endpoint: str) -> list[Device]:
+    """Connects to a llama.cpp RPC worker and makes its devices usable in this process.
+
+    A second call with the same endpoint returns the same devices.
+
+    Args:
+        endpoint: "host:port". The protocol has no authentication and no encryption: use it within a network you trust.
+
+    Returns:
+        The worker's devices, named "RPC0", "RPC1" and so on in order of registration.
+
+    Raises:
+        InvalidOptionError: `endpoint` is not "host:port".
+        LlamaMoeError: no worker answers there, or it speaks another version of the protocol.
+    """
+    _logging.sync_level()
+    return [_from_native(device) for device in _core.add_rpc_device(endpoint)]
+
+
+def device_name(device: object) -> str:
+    """The name that native options know a device by."""
+    if isinstance(device, Device):
+        return device.name
+    if isinstance(device, str):
+        return device
+    raise TypeError(f"a device must be a llama_moe.Device or its name, not {device!r}")

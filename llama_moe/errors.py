@@ -1,0 +1,55 @@
+"""Every error that llama_moe raises on purpose.
+
+`LlamaMoeError` is the base of all of them. A model file that does not exist is Python's own `FileNotFoundError`, and an argument of the
+wrong type is a `TypeError`. The native module raises these classes too: it looks them up here by name.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CancelledError",
+    "ClosedError",
+    "ContextFullError",
+    "DecodeError",
+    "DoesNotFitError",
+    "InvalidOptionError",
+    "LlamaMoeError",
+    "ModelLoadError",
+    "PlacementError",
+]
+
+
+class LlamaMoeError(Exception):
+    """Base class of the errors of this package."""
+
+
+class ModelLoadError(LlamaMoeError):
+    """The model file cannot be loaded: not GGUF, truncated, corrupted, of an unsupported architecture, or memory ran out."""
+
+
+class PlacementError(LlamaMoeError, ValueError):
+    """The placement asks for something the model or this machine does not have."""
+
+
+class DoesNotFitError(LlamaMoeError):
+    """The model does not fit in the memory it may use; the message has the numbers."""
+
+
+class ContextFullError(LlamaMoeError):
+    """The tokens do not fit in the context, or a sequence has no room left."""
+
+
+class DecodeError(LlamaMoeError):
+    """Computing a batch failed."""
+
+
+class ClosedError(LlamaMoeError):
+    """The object was closed, or what it depends on was."""
+
+
+class CancelledError(LlamaMoeError):
+    """The work was cancelled before it had a result."""
+
+
+class InvalidOptionError(LlamaMoeError, ValueError):
+    """An option has a value outside its allowed range; the message has both."""

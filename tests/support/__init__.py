@@ -1,0 +1,1 @@
+"""What tests share: models small enough to be written at test time."""
