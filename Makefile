@@ -16,12 +16,18 @@ ifneq ($(JOBS),)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 endif
 
+# Python's build settings name a compiler too, often the same one by another name; one name for every build here, so that
+# the build directory and ccache serve all of them.
+ifeq ($(origin CC),default)
+export CC := cc
+endif
+ifeq ($(origin CXX),default)
+export CXX := c++
+endif
+
 # What the native module is made from; a change in any of these builds it again.
 NATIVE_SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc third_party -path third_party/llama.cpp -prune -o -type f -not -name '*.pyc' -print)
-SETUP := $(VENV)/.llama_moe-setup
-ifneq ($(WERROR),)
-SETUP := $(SETUP)-werror-$(WERROR)
-endif
+SETUP := $(BUILD)/setup$(if $(WERROR),-werror-$(WERROR)).stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-python test-cpp test-asan test-tsan lint format typecheck stubs check-stubs bench sdist wheel clean distclean
@@ -31,7 +37,7 @@ help: ## list the commands
 
 setup: $(SETUP) ## create .venv, build llama.cpp and llama_moe, install both editable; quick when nothing changed
 
-$(BIN)/python:
+$(VENV)/pyvenv.cfg:
 	@echo "==> creating $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "llama_moe needs Python 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) >$(VENV).log 2>&1 \
@@ -39,15 +45,15 @@ $(BIN)/python:
 	  || { rm -rf $(VENV); cat $(VENV).log; rm -f $(VENV).log; echo "no virtual environment: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
 	@rm -f $(VENV).log
 
-$(SETUP): $(BIN)/python $(NATIVE_SOURCES)
+$(SETUP): $(VENV)/pyvenv.cfg $(NATIVE_SOURCES)
 	@echo "==> installing the build tools"
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 'scikit-build-core>=0.11' 'pybind11>=2.13' 'cmake>=3.24' 'ninja>=1.11'
 	@echo "==> building llama.cpp and llama_moe (the first time takes minutes)"
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-build-isolation \
 	  --config-settings=build-dir=$(BUILD) --config-settings=cmake.define.LLAMA_MOE_BUILD_TESTS=ON \
 	  $(if $(WERROR),--config-settings=cmake.define.LLAMA_MOE_WERROR=$(WERROR)) --editable '.[dev]'
-	@rm -f $(VENV)/.llama_moe-setup*
-	@touch $(VENV)/.llama_moe-setup $@
+	@rm -f $(BUILD)/setup*.stamp
+	@touch $(BUILD)/setup.stamp $@
 
 demo: setup ## generate text with a Mixture-of-Experts model, its experts on the CPU
 	@$(BIN)/llama-moe demo
@@ -101,7 +107,7 @@ wheel: setup ## a wheel for this machine
 	@$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean: ## remove what was built; .venv and fetched files stay
-	rm -rf build dist llama_moe/_core*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.llama_moe-setup*
+	rm -rf build dist llama_moe/_core*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 distclean: clean ## remove .venv too
 	rm -rf $(VENV)

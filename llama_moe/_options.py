@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 OptionsT = TypeVar("OptionsT")
 
+# Largest values of the native fields that are not 32-bit signed integers.
+_UNSIGNED = {"seed": (1 << 32) - 1, "fit_context_tokens": (1 << 64) - 1}
+
 
 def fill(options: OptionsT, values: Mapping[str, object]) -> OptionsT:
     """Sets the attributes of a native option struct and returns it.
@@ -29,8 +32,9 @@ def fill(options: OptionsT, values: Mapping[str, object]) -> OptionsT:
             setattr(options, name, value)
         except TypeError:
             # pybind11's own message names neither the option nor the value, and an integer that overflows is a TypeError to it.
-            if isinstance(value, int) and not isinstance(value, bool) and isinstance(default, int | None):
-                raise InvalidOptionError(f"{name}: {value} is out of range") from None
+            if isinstance(value, int) and isinstance(default, int | None) and bool not in (type(value), type(default)):
+                low, high = (0, _UNSIGNED[name]) if name in _UNSIGNED else (-(1 << 31), (1 << 31) - 1)
+                raise InvalidOptionError(f"{name}: {value} is out of range; it must be from {low} to {high}") from None
             raise TypeError(f"{name} cannot be {value!r} ({type(value).__name__})") from None
     return options
 

@@ -9,6 +9,7 @@ from ._options import context_options
 from .memory import MemoryReport
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
     from typing import Literal
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .model import Model
+    from .tokens import TokenIds
 
 
 class Context:
@@ -81,10 +83,10 @@ class Context:
 
     def decode(
         self,
-        tokens: npt.ArrayLike,
-        positions: npt.ArrayLike | None = None,
-        sequence_ids: npt.ArrayLike | None = None,
-        outputs: Literal["last", "all"] | npt.ArrayLike = "last",
+        tokens: TokenIds,
+        positions: TokenIds | None = None,
+        sequence_ids: TokenIds | int | None = None,
+        outputs: Literal["last", "all"] | Sequence[bool] | npt.NDArray[np.bool_] = "last",
     ) -> npt.NDArray[np.float32]:
         """Adds tokens to their sequences and computes logits.
 
@@ -98,26 +100,14 @@ class Context:
             Logits, float32 of shape [n_outputs, vocab_size], in the order of the tokens.
 
         Raises:
-            InvalidOptionError: shapes differ, or an id, position or sequence is out of range.
+            InvalidOptionError: an array has another shape or type, or an id, position or sequence is out of range.
             ContextFullError: a sequence would grow past `context_size`.
             DecodeError: the computation failed.
-            TypeError: an array is not of integers, or a mask not of bool.
         """
-        import numpy as np  # here: it takes as long to import as all the rest
-
         _logging.sync_level()
-        ids = _integers(tokens, "tokens")
-        sequences = None if sequence_ids is None else _integers(sequence_ids, "sequence_ids")
-        if sequences is not None and sequences.ndim == 0:
-            sequences = np.full(ids.shape, sequences, dtype=np.int32)
-        mask: str | npt.NDArray[np.bool_]
-        if isinstance(outputs, str):
-            mask = outputs
-        else:
-            mask = np.ascontiguousarray(outputs)
-            if mask.dtype != np.bool_:
-                raise TypeError(f"outputs must be 'last', 'all' or a bool mask, not an array of {mask.dtype}")
-        return self._native.decode(ids, None if positions is None else _integers(positions, "positions"), sequences, mask)
+        if isinstance(sequence_ids, int):
+            sequence_ids = [sequence_ids] * len(tokens)
+        return self._native.decode(tokens, positions, sequence_ids, outputs)
 
     def sequence_length(self, sequence_id: int) -> int:
         """Tokens that a sequence holds."""
@@ -203,12 +193,3 @@ class Context:
     def __repr__(self) -> str:
         closed = ", closed" if self.closed else ""
         return f"<Context over {self._model.path!r}: {self.max_sequences} x {self.context_size} tokens{closed}>"
-
-
-def _integers(value: npt.ArrayLike, name: str) -> npt.NDArray[np.int32]:
-    import numpy as np
-
-    array = np.asarray(value)
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name} must be integers, not {array.dtype}")
-    return np.ascontiguousarray(array, dtype=np.int32)

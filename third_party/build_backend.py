@@ -6,41 +6,54 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-# Every hook that is not defined here is scikit-build-core's own.
 from scikit_build_core import build as backend
-from scikit_build_core.build import *  # noqa: F403
+from scikit_build_core.build import (
+    build_editable,
+    build_wheel,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fetch_llama_cpp as llama_cpp
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
 
-    ConfigSettings = dict[str, str | list[str]] | None
+ConfigSettings = dict[str, list[str] | str]
 
 
-def get_requires_for_build_wheel(config_settings: ConfigSettings = None) -> list[str]:
+def get_requires_for_build_wheel(config_settings: ConfigSettings | None = None) -> list[str]:
     """What a wheel needs besides pyproject.toml's requirements."""
     return [*backend.get_requires_for_build_wheel(config_settings), *requires_for_fetch()]
 
 
-def get_requires_for_build_editable(config_settings: ConfigSettings = None) -> list[str]:
+def get_requires_for_build_editable(config_settings: ConfigSettings | None = None) -> list[str]:
     """What an editable install needs besides pyproject.toml's requirements."""
     return [*backend.get_requires_for_build_editable(config_settings), *requires_for_fetch()]
 
 
-def get_requires_for_build_sdist(config_settings: ConfigSettings = None) -> list[str]:
+def get_requires_for_build_sdist(config_settings: ConfigSettings | None = None) -> list[str]:
     """What a source distribution needs besides pyproject.toml's requirements."""
     return [*backend.get_requires_for_build_sdist(config_settings), *requires_for_fetch()]
 
 
-def build_sdist(sdist_directory: str, config_settings: ConfigSettings = None) -> str:
+def build_sdist(sdist_directory: str, config_settings: ConfigSettings | None = None) -> str:
     """Build a source distribution that carries llama.cpp."""
     with carried_sources():
         return backend.build_sdist(sdist_directory, config_settings)
@@ -63,7 +76,7 @@ def carried_sources() -> Iterator[None]:
         return
     shutil.rmtree(carried, ignore_errors=True)
     # Never LLAMA_CPP_SOURCE_DIR: a source distribution contains what the pin says.
-    environ = {name: value for name, value in llama_cpp.os.environ.items() if name != "LLAMA_CPP_SOURCE_DIR"}
+    environ = {name: value for name, value in os.environ.items() if name != "LLAMA_CPP_SOURCE_DIR"}
     tree = llama_cpp.fetch(llama_cpp.read_pin(), environ)
     try:
         shutil.copytree(tree, carried)

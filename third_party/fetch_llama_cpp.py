@@ -174,7 +174,7 @@ def download(pin: Pin, scratch: Path) -> Path:
 
     arguments = ["download", "--no-deps", "--no-binary", pin.package, "--dest", str(scratch), "--requirement", str(requirements)]
     arguments += ["--quiet", "--disable-pip-version-check", "--no-input"]
-    attempts = (
+    attempts: tuple[tuple[list[str], dict[str, str]], ...] = (
         (["--no-build-isolation"], {"PYTHONPATH": search_path}),
         ([], {}),  # plain pip, should a later release of the package or of pip not be content with the stand-in
     )

@@ -31,8 +31,8 @@ py::object to_python(const MetadataValue& value) {
 
 }  // namespace
 
-py::dict to_python(const std::map<std::string, MetadataValue>& metadata) {
-    py::dict result;
+py::typing::Dict<py::str, py::object> to_python(const std::map<std::string, MetadataValue>& metadata) {
+    py::typing::Dict<py::str, py::object> result;
     for (const auto& [key, value] : metadata) {
         result[to_text(key)] = to_python(value);
     }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/typing.h>
 
 #include <map>
 #include <string>
@@ -9,6 +10,6 @@
 
 namespace llama_moe::bindings {
 
-pybind11::dict to_python(const std::map<std::string, MetadataValue>& metadata);
+pybind11::typing::Dict<pybind11::str, pybind11::object> to_python(const std::map<std::string, MetadataValue>& metadata);
 
 }  // namespace llama_moe::bindings

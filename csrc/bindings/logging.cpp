@@ -36,7 +36,7 @@ void drain_logs() {
 }
 
 void bind_logging(py::module_& m) {
-    m.def("set_log_sink", [](const py::function& function) { sink() = function; }, py::arg("sink"));
+    m.def("set_log_sink", [](const py::typing::Callable<void(py::typing::List<py::typing::Tuple<int, py::str>>)>& function) { sink() = function; }, py::arg("sink"));
     m.def("set_log_level", &set_log_level, py::arg("level"));
     m.def("drain_logs", &drain_logs);
 }

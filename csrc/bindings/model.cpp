@@ -11,7 +11,7 @@ std::vector<std::weak_ptr<Model>>& open_models() {
 }
 
 std::unique_ptr<ModelHandle> load(const std::string& path, const ModelOptions& options, const PlacementPolicy& policy,
-                                  const std::optional<py::function>& on_progress) {
+                                  const std::optional<py::typing::Callable<py::object(float)>>& on_progress) {
     Model::Progress progress;
     if (on_progress) {
         progress = [&on_progress](float fraction) {

@@ -96,7 +96,7 @@ def run(
 
 @app.command("inspect")
 def inspect_model(model: ModelArgument, *, as_json: JsonOption = False) -> None:
-    """Show what a model's header says: architecture, experts, formats and sizes."""
+    """Show a model's architecture, experts and formats."""
     from .show import show_model
 
     with exit_codes():
@@ -123,7 +123,10 @@ def worker(
     cache: Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="Keep weights that clients sent in this folder.")] = None,
     until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
 ) -> None:
-    """Serve this machine's devices to other processes (llama.cpp's RPC server)."""
+    """Serve this machine's devices to others.
+
+    This is llama.cpp's RPC server; `llama-moe run --rpc HOST:PORT` uses it. It runs until it is killed.
+    """
     from .serve import run_worker
 
     with exit_codes():
@@ -137,7 +140,10 @@ def demo_model(
     experts: Annotated[int, typer.Option("--experts", metavar="N", help="Experts in each layer.")] = 8,
     used: Annotated[int, typer.Option("--used", metavar="N", help="Experts that compute each token.")] = 2,
 ) -> None:
-    """Write a small Mixture-of-Experts model that generates what SmolLM2-135M does."""
+    """Write a small Mixture-of-Experts model.
+
+    It is made from SmolLM2-135M, with copies of its feed-forward blocks as experts, and generates the same text.
+    """
     from .demo import write_model
 
     with exit_codes():
@@ -146,7 +152,10 @@ def demo_model(
 
 @app.command()
 def demo() -> None:
-    """Generate with the experts in host memory, and show the memory that saves."""
+    """Try it: generate, and show the memory saved.
+
+    The experts of the demo model go to host memory, the rest to this machine's GPU, or to a worker process that stands in for one.
+    """
     from .demo import run_demo
 
     with exit_codes():

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import typer
 
 import llama_moe
-from llama_moe import SamplingParams
+from llama_moe import SamplingParams, _core
 from llama_moe._sizes import format_size
 from llama_moe.demo_model import demo_model_path, write_demo_model
 from llama_moe.model import resolve_placement
 from llama_moe.worker import Worker
 
-from .console import progress, stream_to_stdout
+from .console import note, progress, stream_to_stdout
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,35 +34,38 @@ def write_model(out: Path, *, experts: int, used: int) -> None:
 
 def run_demo() -> None:
     """Generates with the experts in host memory and the rest on an accelerator, and shows what that saves there."""
+    note("Preparing the demo model; the first time it is fetched and written.")
     with progress("Writing the demo model") as on_progress:
         model = demo_model_path(on_progress=on_progress)
     typer.echo(f"Model: {model} ({format_size(model.stat().st_size)})")
     with contextlib.ExitStack() as stack:
-        accelerators = _accelerators(stack)
+        accelerators, threads = _accelerators(stack)
         names = [device.name for device in accelerators]
         everything = _bytes_on(names, resolve_placement(model, experts="gpu", devices=accelerators).by_device())
         with progress("Loading") as on_progress:
-            engine = stack.enter_context(llama_moe.load(model, experts="cpu", devices=accelerators, on_progress=on_progress))
+            engine = llama_moe.load(model, experts="cpu", devices=accelerators, threads=threads, on_progress=on_progress)
+        stack.enter_context(engine)
         typer.echo(f"\n> {_QUESTION}\n")
         stream_to_stdout(engine, _PROMPT, SamplingParams(max_tokens=128, temperature=0))
         typer.echo(f"\nMemory by device and role:\n\n{engine.memory()}\n")
         kept = _bytes_on(names, engine.model.placement.by_device())
         typer.echo(
-            f"Weights on {', '.join(names)}: {format_size(kept)}, where all experts on it would make {format_size(everything)}: "
+            f"Weights on {', '.join(names)}: {format_size(kept)}, with all experts there it would be {format_size(everything)}: "
             f"{format_size(everything - kept)} ({(everything - kept) / everything:.0%}) saved."
         )
 
 
-def _accelerators(stack: contextlib.ExitStack) -> list[Device]:
-    """This machine's GPUs; a worker of our own, stopped with the stack, where there is none."""
+def _accelerators(stack: contextlib.ExitStack) -> tuple[list[Device], int | None]:
+    """This machine's GPUs; a worker of our own, stopped with the stack, where there is none. And the CPU threads for the engine."""
     gpus = [device for device in llama_moe.devices() if device.kind in {"gpu", "integrated_gpu"}]
     if gpus:
         typer.echo(f"Accelerator: {', '.join(map(str, gpus))}")
-        return gpus
-    worker = stack.enter_context(Worker())
-    typer.echo(f"Accelerator: none here. A worker process on {worker.endpoint} stands in for one: its memory plays the part of GPU memory,")
-    typer.echo("and it computes on this CPU, so the speed below is not a GPU's.")
-    return llama_moe.add_rpc_device(worker.endpoint)
+        return gpus, None
+    half = max(1, _core.usable_cores() // 2)
+    worker = stack.enter_context(Worker(threads=half))
+    typer.echo(f"Accelerator: none here. A worker process on {worker.endpoint} stands in for one: its memory plays the part of the")
+    typer.echo("accelerator's, and it shares this CPU with the experts, so the speed is not that of a GPU.")
+    return llama_moe.add_rpc_device(worker.endpoint), half
 
 
 def _bytes_on(names: list[str], by_device: dict[str, int]) -> int:

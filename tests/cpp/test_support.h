@@ -1,8 +1,10 @@
-// A small test framework: TEST_CASE registers, CHECK* report and go on, REQUIRE ends the case.
+// A small test framework: TEST_CASE registers, CHECK* report and go on, REQUIRE ends the case. ISOLATED_TEST_CASE runs in a
+// process of its own, because it leaves that process with a device that died, a thread that never ends or the like.
 #pragma once
 
 #include <functional>
 #include <iostream>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -15,6 +17,7 @@ namespace test {
 struct Case {
     std::string name;
     std::function<void()> body;
+    bool isolated = false;
 };
 
 std::vector<Case> & cases();
@@ -26,7 +29,9 @@ void fail(const char * file, int line, const std::string & what);
 struct Stop {};
 
 struct Register {
-    Register(std::string name, std::function<void()> body) { cases().push_back({std::move(name), std::move(body)}); }
+    Register(std::string name, std::function<void()> body, bool isolated) {
+        cases().push_back({std::move(name), std::move(body), isolated});
+    }
 };
 
 template <typename T, typename = void>
@@ -52,6 +57,11 @@ std::string show(const std::vector<T> & values) {
         out += (out.size() > 1 ? ", " : "") + show<T>(value);
     }
     return out + "]";
+}
+
+template <typename T>
+std::string show(const std::optional<T> & value) {
+    return value ? show(*value) : "nothing";
 }
 
 template <typename A, typename B>
@@ -81,10 +91,13 @@ std::string check_throws(const char * file, int line, const char * text, const B
 #define TEST_JOIN_(a, b) a##b
 #define TEST_JOIN(a, b) TEST_JOIN_(a, b)
 
-#define TEST_CASE(name)                                                                               \
-    static void TEST_JOIN(test_body_, __LINE__)();                                                    \
-    static const test::Register TEST_JOIN(test_case_, __LINE__)(name, TEST_JOIN(test_body_, __LINE__)); \
+#define TEST_REGISTER(name, isolated)                                                                           \
+    static void TEST_JOIN(test_body_, __LINE__)();                                                              \
+    static const test::Register TEST_JOIN(test_case_, __LINE__)(name, TEST_JOIN(test_body_, __LINE__), isolated); \
     static void TEST_JOIN(test_body_, __LINE__)()
+
+#define TEST_CASE(name) TEST_REGISTER(name, false)
+#define ISOLATED_TEST_CASE(name) TEST_REGISTER(name, true)
 
 #define CHECK(condition)                               \
     do {                                               \

@@ -8,6 +8,7 @@ its tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import zlib
@@ -20,7 +21,6 @@ from typing import Literal
 import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf.vocab import bytes_to_unicode
 
 __all__ = ["ARCHITECTURES", "DENSE", "MODELS", "TinyModel", "write_tiny_model"]
 
@@ -294,12 +294,12 @@ def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
 
 # ---- vocabularies
 
-# Pairs that a byte-pair vocabulary joins, in this order; each part is a character or joined before. "▁" stands for a space.
-_MERGES = (
-    ("▁ t", "h e", "▁ a", "i n", "r e", "o n", "▁t he", "e r", "▁ s", "a t", "o r", "e n", "▁ w", "▁ c", "i s", "▁ o", "e s", "i t")
-    + ("▁a n", "▁an d", "in g", "▁o f", "o u", "▁ p", "▁ in", "e d", "▁ b", "▁ m", "a l", "▁t o", "▁ f", "l l", "▁ is", "o w", "s t")
-    + ("▁ d", "▁ e", "▁e x", "p er", "▁ex per", "▁exper t", "▁expert s")
+# Pairs that are joined, earlier ones first; each part is a character or was joined before. "▁" stands for a space.
+_PAIRS = (
+    "▁+t h+e ▁+a i+n r+e o+n ▁t+he e+r ▁+s a+t o+r e+n ▁+w ▁+c i+s ▁+o e+s i+t ▁a+n ▁an+d in+g ▁o+f o+u ▁+p ▁+in e+d ▁+b ▁+m a+l ▁t+o "
+    "▁+f l+l ▁+is o+w s+t ▁+d ▁+e ▁e+x p+er ▁ex+per ▁exper+t ▁expert+s"
 )
+_MERGES = tuple(pair.replace("+", " ") for pair in _PAIRS.split())
 _PRINTABLE = range(0x20, 0x7F)
 _QUIET, _SILENT = 0.5, 0.05
 
@@ -312,10 +312,19 @@ class _Token:
     """Factor on the token's logits: keeps greedy text mostly printable, and free of control tokens."""
 
 
+def _byte_alphabet() -> tuple[str, ...]:
+    """GPT-2's printable character for each byte: itself if it is one, else the next from U+0100 on."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return tuple(chr(byte if byte in plain else next(others)) for byte in range(256))
+
+
+_ALPHABET = _byte_alphabet()
+
+
 def _byte_pair_tokens() -> tuple[_Token, ...]:
-    alphabet = bytes_to_unicode()
-    letters = tuple(_Token(alphabet[byte], loudness=1.0 if byte in _PRINTABLE else _QUIET) for byte in range(256))
-    words = tuple(_Token(merge.replace(" ", "").replace("▁", alphabet[0x20])) for merge in _MERGES)
+    letters = tuple(_Token(text, loudness=1.0 if byte in _PRINTABLE else _QUIET) for byte, text in enumerate(_ALPHABET))
+    words = tuple(_Token(merge.replace(" ", "").replace("▁", _ALPHABET[0x20])) for merge in _MERGES)
     control = tuple(_Token(text, gguf.TokenType.CONTROL, _SILENT) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     return _padded(letters + words + control)
 
@@ -346,7 +355,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, model: TinyModel) -> None:
     if model.vocabulary == "bpe":
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(model.pre_tokenizer)
-        writer.add_token_merges([merge.replace("▁", bytes_to_unicode()[0x20]) for merge in _MERGES])
+        writer.add_token_merges([merge.replace("▁", _ALPHABET[0x20]) for merge in _MERGES])
         writer.add_bos_token_id(ids["<|endoftext|>"])
         writer.add_eos_token_id(ids["<|im_end|>" if model.chat_template else "<|endoftext|>"])
         writer.add_add_bos_token(model.chat_template is None)

@@ -43,7 +43,7 @@ std::uint64_t checksum(const char* data, std::size_t size) {
 struct Context::State : std::enable_shared_from_this<Context::State> {
     std::unique_ptr<NativeContext> context;
     std::unique_ptr<Batch> batch;
-    std::atomic<bool> interrupted{false};
+    std::atomic<const std::atomic<bool>*> cancelled{nullptr};  // of the running call; unset between calls
     std::atomic<bool> closed{false};
     std::string broken;  // why the context cannot be used any more
     NativeThread thread;  // last: it stops before the rest goes
@@ -51,6 +51,17 @@ struct Context::State : std::enable_shared_from_this<Context::State> {
     void decode(const DecodeInput& input, Logits& logits);
     void decode_chunk(const DecodeInput& input, std::size_t begin, std::size_t end, const std::vector<std::int32_t>& positions,
                       const std::vector<std::uint8_t>& wanted, Logits& logits);
+    struct RunningCall {
+        RunningCall(State& owner, const std::atomic<bool>& flag) : state(owner) { state.cancelled = &flag; }
+        ~RunningCall() { state.cancelled = nullptr; }
+        RunningCall(const RunningCall&) = delete;
+        RunningCall& operator=(const RunningCall&) = delete;
+        State& state;
+    };
+    bool interrupted() const {
+        const auto* flag = cancelled.load();
+        return closed || (flag != nullptr && flag->load());
+    }
     int next_position(int sequence) const { return llama_memory_seq_pos_max(context->memory(), sequence) + 1; }
 };
 
@@ -161,7 +172,7 @@ void Context::State::decode_chunk(const DecodeInput& input, std::size_t begin, s
     }
     ErrorLog errors;
     const int status = llama_decode(context->get(), batch->get());
-    if (status == 2 || interrupted.load()) {
+    if (status == 2 || interrupted()) {
         throw CancelledError("decoding was interrupted");
     }
     if (status == 1) {
@@ -191,7 +202,7 @@ std::shared_ptr<Context> Context::create(const std::shared_ptr<Model>& model, co
     live_objects().contexts++;
     context->state_->thread.run(
         [state = context->state_.get(), loaded, options] {
-            state->context = std::make_unique<NativeContext>(loaded, options, 0, [state] { return state->interrupted.load(); });
+            state->context = std::make_unique<NativeContext>(loaded, options, 0, [state] { return state->interrupted(); });
             state->batch = std::make_unique<Batch>(state->context->limits().batch_size);
         },
         poll);
@@ -210,16 +221,21 @@ void Context::run(const std::function<void(State&)>& task, const Poll& poll) {
     if (state->closed) {
         throw ClosedError("the context is closed");
     }
+    // Each call has a flag of its own: who stops waiting stops that call, which may still be behind another.
+    auto cancelled = std::make_shared<std::atomic<bool>>(false);
     // The task holds a bare pointer: the thread belongs to the state, and the state waits for it.
     state->thread.run(
-        [state = state.get(), task] {
+        [state = state.get(), task, cancelled] {
             if (!state->context || state->closed) {
                 throw ClosedError("the context is closed");
             }
             if (!state->broken.empty()) {
                 throw DecodeError("the context was lost in an earlier failure: " + state->broken);
             }
-            state->interrupted = false;
+            if (*cancelled) {
+                throw CancelledError("the call was interrupted before it began");
+            }
+            const State::RunningCall running(*state, *cancelled);
             try {
                 task(*state);
             } catch (const NativeAbort& abort) {
@@ -228,7 +244,7 @@ void Context::run(const std::function<void(State&)>& task, const Poll& poll) {
                 throw DecodeError(std::string("the context is lost: ") + abort.what());
             }
         },
-        poll, [state] { state->interrupted = true; });
+        poll, [cancelled] { *cancelled = true; });
 }
 
 std::shared_ptr<Logits> Context::decode(DecodeInput input, const Poll& poll) {
@@ -380,7 +396,6 @@ void Context::close() {
     if (!state_ || state_->closed.exchange(true)) {
         return;
     }
-    state_->interrupted = true;
     try {
         state_->thread.run([state = state_.get()] { state->context.reset(); });
     } catch (const std::exception& error) {

@@ -23,6 +23,10 @@ namespace fs = std::filesystem;
 // A model's vocabulary is large and of no use as metadata.
 constexpr std::size_t kMaxMetadataArray = 1024;
 
+// What llama.cpp has arrays for (llama-hparams.h).
+constexpr int kMaxLayers = 512;
+constexpr int kMaxExperts = 1024;
+
 struct GgufDeleter {
     void operator()(gguf_context* context) const { gguf_free(context); }
 };
@@ -132,6 +136,9 @@ std::uint64_t check_file(const std::string& path) {
     if (fs::is_directory(status)) {
         throw ModelLoadError("'" + path + "' is a directory; a GGUF file is needed");
     }
+    if (!fs::is_regular_file(status)) {  // opening a pipe would wait for a writer
+        throw ModelLoadError("'" + path + "' is not a regular file; a GGUF file is needed");
+    }
     const std::uint64_t size = fs::file_size(path, error);
     std::ifstream file(path, std::ios::binary);
     char magic[4] = {};
@@ -210,6 +217,16 @@ std::vector<std::string> split_files(const std::string& path, const GgufInfo& in
     return files;
 }
 
+// A count of the architecture, 0 when absent. `most` is what llama.cpp has room for; it aborts on more.
+int architecture_count(const GgufInfo& info, const char* key, int most) {
+    const std::int64_t count = info.architecture_integer(key, 0);
+    if (count < 0 || count > most) {
+        throw ModelLoadError("'" + info.path + "' has a corrupted header: " + info.architecture + "." + key + " is " + std::to_string(count) +
+                             "; it must be from 0 to " + std::to_string(most));
+    }
+    return static_cast<int>(count);
+}
+
 GgufInfo read_header(const std::string& path) {
     GgufInfo info;
     info.path = path;
@@ -234,10 +251,10 @@ GgufInfo read_header(const std::string& path) {
         throw ModelLoadError("'" + path + "' has no general.architecture; it is not a model");
     }
     info.architecture = *name;
-    info.layer_count = static_cast<int>(info.architecture_integer("block_count", 0));
-    info.nextn_layer_count = static_cast<int>(info.architecture_integer("nextn_predict_layers", 0));
-    info.expert_count = static_cast<int>(info.architecture_integer("expert_count", 0));
-    info.experts_used = static_cast<int>(info.architecture_integer("expert_used_count", 0));
+    info.layer_count = architecture_count(info, "block_count", kMaxLayers);
+    info.nextn_layer_count = architecture_count(info, "nextn_predict_layers", info.layer_count);
+    info.expert_count = architecture_count(info, "expert_count", kMaxExperts);
+    info.experts_used = architecture_count(info, "expert_used_count", kMaxExperts);
     return info;
 }
 

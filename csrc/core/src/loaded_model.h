@@ -29,6 +29,9 @@ struct LoadedModel {
     std::vector<ggml_backend_dev_t> devices;
     std::vector<float> tensor_split;
 
+    int host_layers = 0;
+    int layers = 0;
+    std::uint64_t kv_elements_per_token = 0;  // of one layer; 0: not known exactly
     bool mapped = false;            // host weights are a mapping of the file
     std::vector<MemoryRow> memory;  // experts and weights by device, as allocated
 };

@@ -11,6 +11,7 @@
 #include "ggml-backend.h"
 #include "llama.h"
 #include "llama_moe/device.h"
+#include "machine.h"
 
 #ifndef LLAMA_MOE_VERSION
 #define LLAMA_MOE_VERSION "0"
@@ -68,6 +69,19 @@ std::string cpu_features() {
 }
 
 }  // namespace
+
+std::uint64_t available_ram() {
+    std::ifstream file("/proc/meminfo");
+    std::string key;
+    std::uint64_t kib = 0;
+    std::string unit;
+    while (file >> key >> kib >> unit) {
+        if (key == "MemAvailable:") {
+            return kib * 1024;
+        }
+    }
+    return UINT64_MAX;
+}
 
 int usable_cores() {
     const int cores = cores_in_affinity();

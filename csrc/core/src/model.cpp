@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <fstream>
 
 #include "backend.h"
 #include "ggml.h"
@@ -14,23 +13,11 @@
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
 #include "loaded_model.h"
+#include "machine.h"
 #include "native_thread.h"
 
 namespace llama_moe {
 namespace {
-
-std::uint64_t available_ram() {
-    std::ifstream file("/proc/meminfo");
-    std::string key;
-    std::uint64_t kib = 0;
-    std::string unit;
-    while (file >> key >> kib >> unit) {
-        if (key == "MemAvailable:") {
-            return kib * 1024;
-        }
-    }
-    return UINT64_MAX;
-}
 
 std::uint64_t host_bytes(const ResolvedPlacement& placement) {
     std::uint64_t bytes = 0;
@@ -56,6 +43,24 @@ void check_host_memory(const ModelOptions& options, const ResolvedPlacement& pla
         throw DoesNotFitError("host_memory='locked' needs " + std::to_string(needed) + " bytes; the limit on locked memory (ulimit -l) is " +
                               std::to_string(limit.rlim_cur));
     }
+}
+
+// llama.cpp's AMX buffers take 3-D attention weights (DeepSeek's latent attention) when loading, and cannot multiply with them
+// later, when the other factor is not contiguous (ggml-cpu/amx/amx.cpp, supports_op): no context could be made.
+bool repacking_breaks(const GgufInfo& gguf, const ResolvedPlacement& placement) {
+    const auto get_extra_types = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu_device()), "ggml_backend_dev_get_extra_bufts"));
+    bool has_amx = false;
+    for (auto* type = get_extra_types != nullptr ? get_extra_types(cpu_device()) : nullptr; type != nullptr && *type != nullptr; type++) {
+        has_amx = has_amx || std::string(ggml_backend_buft_name(*type)) == "AMX";
+    }
+    const auto is_latent = [](const TensorInfo& tensor) {
+        return tensor.shape.size() > 2 && (tensor.name.find(".attn_k_b.") != std::string::npos || tensor.name.find(".attn_v_b.") != std::string::npos);
+    };
+    return has_amx && std::any_of(gguf.tensors.begin(), gguf.tensors.end(), [&](const TensorInfo& tensor) {
+        return is_latent(tensor) && std::any_of(placement.tensors.begin(), placement.tensors.end(),
+                                                [&](const auto& placed) { return placed.name == tensor.name && placed.device == "CPU"; });
+    });
 }
 
 llama_model_params native_params(LoadedModel& loaded, const ModelOptions& options, const ResolvedPlacement& placement) {
@@ -182,6 +187,10 @@ void load_native(LoadedModel& loaded, const GgufInfo& gguf, llama_model_params p
     }
     loaded.vocab = llama_model_get_vocab(loaded.model);
     loaded.fingerprint = fingerprint(gguf);
+    loaded.layers = gguf.layer_count;
+    const bool standard_attention = !llama_model_is_recurrent(loaded.model) && !llama_model_is_hybrid(loaded.model) &&
+                                    llama_model_n_swa(loaded.model) == 0 && gguf.architecture_integer("attention.kv_lora_rank", 0) == 0;
+    loaded.kv_elements_per_token = standard_attention ? kv_elements_per_token(gguf) : 0;
 }
 
 std::string describe(const llama_model* model) {
@@ -234,11 +243,16 @@ std::shared_ptr<Model> Model::load(const std::string& path, const ModelOptions& 
             model.gguf_ = read_gguf(path);
             auto placement = resolve_placement(model.gguf_, options, policy);
             auto loaded = std::make_shared<LoadedModel>();
-            const auto params = native_params(*loaded, options, placement);
+            auto params = native_params(*loaded, options, placement);
+            if (options.repack && repacking_breaks(model.gguf_, placement)) {
+                params.use_extra_bufts = false;
+                log_line(LogLevel::info, "weights are not repacked: llama.cpp cannot compute this model's latent attention with AMX");
+            }
             check_host_memory(options, placement, {loaded->devices.begin(), loaded->devices.end() - 1});
             if (!placement.summary.empty()) {
                 log_line(LogLevel::info, placement.summary);
             }
+            loaded->host_layers = placement.host_layers;
             load_native(*loaded, model.gguf_, params, result->control);
             loaded->memory = count_memory(model.gguf_, placement.tensors);
             model.placement_ = std::move(placement.tensors);
@@ -279,6 +293,9 @@ std::shared_ptr<LoadedModel> Model::acquire() const {
 
 void Model::add_user(const std::shared_ptr<ModelUser>& user) {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (!loaded_) {  // closed while the user was being made: nobody would close it
+        throw ClosedError("the model '" + path_ + "' is closed");
+    }
     users_.erase(std::remove_if(users_.begin(), users_.end(), [](const auto& weak) { return weak.expired(); }), users_.end());
     users_.push_back(user);
 }

@@ -9,6 +9,7 @@
 #include "llama_moe/device.h"
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
+#include "machine.h"
 #include "native_thread.h"
 
 namespace llama_moe {
@@ -59,6 +60,18 @@ llama_context_params native_params(const LoadedModel& model, const ContextOption
     return params;
 }
 
+// Linux hands out more memory than there is and ends the process when the KV cache is first written: refuse before.
+void check_kv_cache(const LoadedModel& model, const ContextOptions& options, const llama_context_params& params) {
+    const int layers = options.offload_kv ? model.host_layers : model.layers;
+    const std::uint64_t elements = model.kv_elements_per_token * static_cast<std::uint64_t>(layers) * params.n_ctx;
+    const std::uint64_t bytes = elements * ggml_type_size(params.type_k) / static_cast<std::uint64_t>(ggml_blck_size(params.type_k));
+    if (bytes > available_ram()) {
+        throw DoesNotFitError("a KV cache of " + std::to_string(params.n_ctx) + " tokens needs " + std::to_string(bytes) +
+                              " bytes of host memory; " + std::to_string(available_ram()) +
+                              " are available; use a smaller context_size, fewer sequences or a quantised kv_type");
+    }
+}
+
 }  // namespace
 
 void ContextOptions::validate() const {
@@ -87,7 +100,11 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
                              std::function<bool()> should_abort)
     : model_(std::move(model)), should_abort_(std::move(should_abort)) {
     options.validate();
+    if (llama_model_has_encoder(model_->model)) {
+        throw InvalidOptionError("this is an encoder-decoder model; only decoder models can generate here");
+    }
     auto params = native_params(*model_, options, max_outputs);
+    check_kv_cache(*model_, options, params);
     params.abort_callback_data = this;
     params.abort_callback = [](void* data) { return static_cast<NativeContext*>(data)->should_abort_(); };
     ErrorLog errors;

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <optional>
+
 #include "ggml.h"
 #include "llama_moe/log.h"
 
@@ -94,7 +96,10 @@ struct NativeThread::Shared {
     mutable std::mutex mutex;
     std::condition_variable changed;
     std::deque<std::shared_ptr<Job>> jobs;
+    // Of the job that runs, not of who waits: a job behind it, or one whose caller left, is lost with it.
+    std::optional<AbortWatch> watch;
     bool stopping = false;
+    bool ended = false;
     bool lost = false;
 
     void work() {
@@ -103,9 +108,12 @@ struct NativeThread::Shared {
         for (;;) {
             changed.wait(lock, [&] { return stopping || !jobs.empty(); });
             if (jobs.empty()) {
+                ended = true;
+                changed.notify_all();
                 return;
             }
             auto job = jobs.front();
+            watch.emplace();
             lock.unlock();
             try {
                 job->task();
@@ -114,8 +122,17 @@ struct NativeThread::Shared {
             }
             job->task = nullptr;  // frees what the task owned, on this thread
             lock.lock();
+            watch.reset();
             jobs.pop_front();
             job->done = true;
+            changed.notify_all();
+        }
+    }
+
+    // Notices that the running job will never end. `mutex` is held.
+    void check_lost() {
+        if (!lost && watch && watch->gave_up()) {
+            lost = true;
             changed.notify_all();
         }
     }
@@ -126,13 +143,14 @@ NativeThread::NativeThread() : shared_(std::make_shared<Shared>()) {
 }
 
 NativeThread::~NativeThread() {
-    bool lost = false;
-    {
-        std::lock_guard<std::mutex> lock(shared_->mutex);
-        shared_->stopping = true;
-        lost = shared_->lost;
-    }
+    std::unique_lock<std::mutex> lock(shared_->mutex);
+    shared_->stopping = true;
     shared_->changed.notify_all();
+    while (!shared_->lost && !shared_->changed.wait_for(lock, kPollInterval, [&] { return shared_->ended; })) {
+        shared_->check_lost();
+    }
+    const bool lost = shared_->lost;
+    lock.unlock();
     if (lost) {
         thread_.detach();
     } else {
@@ -148,7 +166,6 @@ bool NativeThread::lost() const {
 void NativeThread::run(std::function<void()> task, const Poll& poll, const std::function<void()>& interrupt) {
     auto job = std::make_shared<Job>();
     job->task = std::move(task);
-    AbortWatch watch;
 
     std::unique_lock<std::mutex> lock(shared_->mutex);
     if (shared_->lost) {
@@ -158,19 +175,16 @@ void NativeThread::run(std::function<void()> task, const Poll& poll, const std::
     shared_->changed.notify_all();
 
     const auto check = [&] {
-        if (watch.gave_up()) {
+        {
             std::lock_guard<std::mutex> guard(shared_->mutex);
-            if (!job->done) {
-                shared_->lost = true;
-                throw DecodeError("a device failed: " + AbortWatch::message());
-            }
+            shared_->check_lost();
         }
         if (poll) {
             poll();
         }
     };
     try {
-        wait_with_poll(shared_->changed, lock, check, [&] { return job->done; });
+        wait_with_poll(shared_->changed, lock, check, [&] { return job->done || shared_->lost; });
     } catch (...) {
         if (lock.owns_lock()) {
             lock.unlock();
@@ -179,10 +193,11 @@ void NativeThread::run(std::function<void()> task, const Poll& poll, const std::
             interrupt();
         }
         lock.lock();
-        if (!shared_->lost) {
-            shared_->changed.wait_for(lock, kInterruptGrace, [&] { return job->done; });
-        }
+        shared_->changed.wait_for(lock, kInterruptGrace, [&] { return job->done || shared_->lost; });
         throw;
+    }
+    if (!job->done) {
+        throw DecodeError("a device failed: " + AbortWatch::message());
     }
     if (job->error) {
         std::rethrow_exception(job->error);

@@ -54,7 +54,7 @@ class AbortWatch {
 class NativeThread {
    public:
     NativeThread();
-    ~NativeThread();  // waits for what runs, unless lost
+    ~NativeThread();  // waits for what runs, unless that will never end
     NativeThread(const NativeThread&) = delete;
     NativeThread& operator=(const NativeThread&) = delete;
 

@@ -263,16 +263,6 @@ std::vector<PlacementOverride> policy_overrides(const GgufInfo& gguf, const Plac
     return overrides;
 }
 
-// A standard attention layer's KV cache for one token, in bytes at 16 bits: keys and values of every KV head.
-std::uint64_t kv_bytes_per_token(const GgufInfo& gguf) {
-    const auto heads = std::max<std::int64_t>(1, gguf.architecture_integer("attention.head_count", 1));
-    const auto kv_heads = gguf.architecture_integer("attention.head_count_kv", heads);
-    const auto head_size = gguf.architecture_integer("embedding_length", 0) / heads;
-    const auto key = gguf.architecture_integer("attention.key_length", head_size);
-    const auto value = gguf.architecture_integer("attention.value_length", head_size);
-    return static_cast<std::uint64_t>(kv_heads * (key + value) * 2);
-}
-
 struct Capacity {
     std::string device;
     std::uint64_t bytes;
@@ -282,7 +272,7 @@ struct Capacity {
 std::string shortfall(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy, const LayerDevices& devices,
                       const std::vector<TensorPlacement>& placed, const std::vector<Capacity>& capacities) {
     std::string missing;
-    const std::uint64_t layer_kv = kv_bytes_per_token(gguf) * options.fit_context_tokens;
+    const std::uint64_t layer_kv = kv_elements_per_token(gguf) * sizeof(ggml_fp16_t) * options.fit_context_tokens;
     for (const auto& capacity : capacities) {
         const bool host = capacity.device == "CPU";
         std::uint64_t needed = host ? 0 : policy.reserve;
@@ -352,6 +342,15 @@ void ModelOptions::validate() const {
     }
 }
 
+std::uint64_t kv_elements_per_token(const GgufInfo& gguf) {
+    const auto heads = std::max<std::int64_t>(1, gguf.architecture_integer("attention.head_count", 1));
+    const auto kv_heads = gguf.architecture_integer("attention.head_count_kv", heads);
+    const auto head_size = gguf.architecture_integer("embedding_length", 0) / heads;
+    const auto key = gguf.architecture_integer("attention.key_length", head_size);
+    const auto value = gguf.architecture_integer("attention.value_length", head_size);
+    return static_cast<std::uint64_t>(std::max<std::int64_t>(0, kv_heads * (key + value)));
+}
+
 ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy) {
     start_backend();
     options.validate();
@@ -381,6 +380,9 @@ ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& op
         resolved.overrides = fit_overrides(gguf, options, policy, devices, capacities, resolved.summary);
     }
     resolved.tensors = place(gguf, devices, resolved.overrides);
+    for (int i = 0; i < gguf.layer_count; i++) {
+        resolved.host_layers += devices.layer(i) == "CPU" ? 1 : 0;
+    }
     return resolved;
 }
 

@@ -15,7 +15,10 @@ namespace {
 std::string number_text(double value) {
     std::string text = std::to_string(value);
     text.erase(text.find_last_not_of('0') + 1);
-    return text.back() == '.' ? text + "0" : text;
+    if (text.back() == '.') {
+        text.pop_back();
+    }
+    return text;
 }
 
 void require(bool valid, const char* name, double value, const char* expected) {
@@ -79,8 +82,9 @@ void SamplingOptions::validate() const {
         }
     }
     for (const auto& [token, bias] : logit_bias) {
-        if (std::isnan(bias)) {
-            throw InvalidOptionError("logit_bias[" + std::to_string(token) + "] is NaN");
+        if (std::isnan(bias) || bias == std::numeric_limits<float>::infinity()) {
+            throw InvalidOptionError("logit_bias[" + std::to_string(token) + "] is " + (std::isnan(bias) ? "NaN" : "infinite") +
+                                     "; it must be finite, or negative infinity to ban the token");
         }
     }
 }
@@ -175,7 +179,7 @@ std::int32_t Sampler::sample(const float* logits) {
     }
     llama_token_data_array array{candidates_.data(), candidates_.size(), -1, false};
     llama_sampler_apply(chain_.get(), &array);
-    if (array.selected < 0) {
+    if (array.selected < 0 || std::isnan(array.data[array.selected].logit)) {
         throw DecodeError("the samplers chose no token; the model's logits may be NaN");
     }
     const std::int32_t token = array.data[array.selected].id;
@@ -217,7 +221,8 @@ SampledLogprobs log_probabilities(const float* logits, int count, std::int32_t t
     if (kept > 0) {
         std::vector<std::int32_t> order(static_cast<std::size_t>(count));
         std::iota(order.begin(), order.end(), 0);
-        std::partial_sort(order.begin(), order.begin() + kept, order.end(), [logits](auto a, auto b) { return logits[a] > logits[b]; });
+        std::partial_sort(order.begin(), order.begin() + kept, order.end(),
+                          [logits](auto a, auto b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); });
         for (int i = 0; i < kept; i++) {
             const auto id = order[static_cast<std::size_t>(i)];
             result.top.emplace_back(id, logits[id] - log_sum);

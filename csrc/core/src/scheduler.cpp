@@ -65,6 +65,7 @@ void EngineCore::work() {
         fail_all(std::current_exception());
     }
     context_.reset();
+    model_.reset();
     std::lock_guard<std::mutex> lock(mutex_);
     ended_ = true;
     native_call_.reset();

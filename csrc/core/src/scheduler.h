@@ -73,7 +73,7 @@ class EngineCore : public std::enable_shared_from_this<EngineCore> {
     bool active() const;
     bool should_abort() const;
 
-    const std::shared_ptr<LoadedModel> model_;
+    std::shared_ptr<LoadedModel> model_;  // given back when the thread ends
     const ContextOptions options_;
     const SamplingVocabulary vocabulary_;
     ContextLimits limits_{};

@@ -1,6 +1,7 @@
 #include "llama_moe/text.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace llama_moe {
 namespace {
@@ -65,12 +66,19 @@ std::string Utf8Assembler::finish() {
 StopMatcher::StopMatcher(std::vector<std::string> stops) : stops_(std::move(stops)) {}
 
 StopMatcher::Result StopMatcher::match(std::string_view held) const {
-    std::size_t found = std::string_view::npos;
+    // The stop string that is complete first, not the one that begins first: so the text does not depend on how it was
+    // cut into tokens. Of those that are complete at once it is the longest.
+    std::size_t begin = std::string_view::npos;
+    std::size_t end = std::string_view::npos;
     for (const auto& stop : stops_) {
-        found = std::min(found, held.find(stop));
+        const std::size_t found = held.find(stop);
+        if (found != std::string_view::npos && std::make_pair(found + stop.size(), found) < std::make_pair(end, begin)) {
+            begin = found;
+            end = found + stop.size();
+        }
     }
-    if (found != std::string_view::npos) {
-        return {found, true};
+    if (begin != std::string_view::npos) {
+        return {begin, true};
     }
     // The longest end of the text that some stop string begins with.
     std::size_t open = 0;
@@ -108,6 +116,11 @@ std::vector<TextPiece> TextAssembler::finish() {
     const std::string rest = utf8_.finish();
     held_.back().text += rest;
     held_text_ += rest;
+    const auto [safe, stopped] = matcher_.match(held_text_);
+    stopped_ = stopped;
+    if (stopped_) {
+        held_text_.resize(safe);
+    }
     return release(held_text_.size(), true);
 }
 

@@ -54,10 +54,15 @@ struct ResolvedPlacement {
     std::vector<PlacementOverride> overrides;  // what llama.cpp is told
     std::vector<std::string> accelerators;     // in llama.cpp's order
     std::vector<float> tensor_split;           // share of the layers of each accelerator
+    int host_layers = 0;                       // layers, and with them their KV cache, in host memory
     std::string summary;                       // for fit: what was chosen
 };
 
 // Decides where every tensor goes, without loading. Throws PlacementError or DoesNotFitError.
+// Elements of one layer's KV cache for one token with standard attention: the keys and values of every KV head. An upper
+// bound for layers with a compressed cache or a sliding window.
+std::uint64_t kv_elements_per_token(const GgufInfo& gguf);
+
 // Made inside a NativeScope.
 ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy);
 

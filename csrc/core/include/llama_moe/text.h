@@ -20,7 +20,7 @@ class Utf8Assembler {
     std::string held_;  // at most three bytes
 };
 
-// Finds the first of several stop strings in a stream of text, across pieces.
+// Finds the first of several stop strings to be complete in a stream of text, across pieces.
 class StopMatcher {
    public:
     explicit StopMatcher(std::vector<std::string> stops);

@@ -1,0 +1,79 @@
+"""Running Python in a process of its own, for what must not happen in the one that runs the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+__all__ = ["REPOSITORY", "Program", "python", "run_python"]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# A guard against a hang, not a measure: generous enough for a busy machine.
+_TIMEOUT_SECONDS = 120.0
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    """The command that runs `code`, indented or not, with `arguments` in `sys.argv[1:]`."""
+    return [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the package importable from any folder."""
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def run_python(code: str, *arguments: object, timeout: float = _TIMEOUT_SECONDS) -> subprocess.CompletedProcess[str]:
+    """Runs `code` to its end and returns what it wrote."""
+    return subprocess.run(python(code, *arguments), capture_output=True, text=True, timeout=timeout, check=False, env=environment())
+
+
+class Program:
+    """A running process whose output is read line by line; killed on leaving the `with` block if it still runs."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def stdout(self) -> IO[str]:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def wait_for_line(self, text: str) -> None:
+        """Reads standard output up to a line that contains `text`."""
+        seen = []
+        for line in self.stdout:
+            if text in line:
+                return
+            seen.append(line)
+        raise AssertionError(f"the process ended without writing {text!r}; it wrote {seen}, {self._process.communicate()[1]!r}")
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does."""
+        self._process.send_signal(signal.SIGINT)
+
+    def finish(self, timeout: float = _TIMEOUT_SECONDS) -> tuple[int, str, str]:
+        """Waits for the end; returns the exit status and the rest of what it wrote to standard output and standard error."""
+        stdout, stderr = self._process.communicate(timeout=timeout)
+        return self._process.returncode, stdout, stderr
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
