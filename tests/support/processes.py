@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from typing_extensions import Self
+
 __all__ = ["REPOSITORY", "Program", "python", "run_python"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -70,7 +72,7 @@ class Program:
         stdout, stderr = self._process.communicate(timeout=timeout)
         return self._process.returncode, stdout, stderr
 
-    def __enter__(self) -> Program:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

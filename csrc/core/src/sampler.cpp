@@ -100,12 +100,13 @@ SamplingVocabulary::SamplingVocabulary(const llama_model* model)
 
 // The order is that of llama.cpp's own default chain (common/sampling.cpp), so that equal settings mean the same.
 Sampler::Sampler(const SamplingOptions& options, const SamplingVocabulary& vocabulary, int context_size) : vocab_size_(vocabulary.size) {
-    const auto bias = biases(options, vocabulary);
+    auto bias = biases(options, vocabulary);
     const int window = options.penalty_window < 0 ? context_size : options.penalty_window;
     const bool penalties = window > 0 && (options.repeat_penalty != 1.0f || options.presence_penalty != 0.0f || options.frequency_penalty != 0.0f);
     const bool dry = options.dry_multiplier > 0.0f && options.dry_penalty_window != 0;
     const bool greedy = options.temperature <= 0.0f;
-    if (greedy && bias.empty() && !penalties && !dry) {
+    if (greedy && !penalties && !dry) {
+        biases_ = std::move(bias);
         return;
     }
     remembers_ = penalties || dry;
@@ -171,7 +172,14 @@ void Sampler::accept_prompt(const std::vector<std::int32_t>& tokens) {
 
 std::int32_t Sampler::sample(const float* logits) {
     if (!chain_) {
-        return argmax(logits, vocab_size_);
+        if (biases_.empty()) {
+            return argmax(logits, vocab_size_);
+        }
+        biased_logits_.assign(logits, logits + vocab_size_);
+        for (const auto& [token, bias] : biases_) {
+            biased_logits_[static_cast<std::size_t>(token)] += bias;
+        }
+        return argmax(biased_logits_.data(), vocab_size_);
     }
     candidates_.resize(static_cast<std::size_t>(vocab_size_));
     for (int i = 0; i < vocab_size_; i++) {

@@ -37,7 +37,9 @@ class Sampler {
     std::int32_t sample(const float* logits);
 
    private:
-    llama_sampler_ptr chain_;  // empty: plain greedy, without a list of candidates
+    llama_sampler_ptr chain_;               // empty: greedy by biased logits alone, without a list of candidates
+    std::vector<llama_logit_bias> biases_;  // only without a chain
+    std::vector<float> biased_logits_;
     std::vector<llama_token_data> candidates_;
     int vocab_size_;
     bool remembers_ = false;  // some sampler of the chain looks at earlier tokens
