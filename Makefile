@@ -96,7 +96,7 @@ check-stubs: setup ## compare llama_moe/_core.pyi with the built module
 bench: setup ## benchmarks against llama.cpp and llama-cpp-python
 	@$(CMAKE) -S . -B $(BUILD) -DLLAMA_BUILD_TOOLS=ON
 	@$(CMAKE) --build $(BUILD) --target llama-bench
-	@CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_PROJECT_ggml_INCLUDE=$(abspath third_party/gcc_amx.cmake)" $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-build-isolation \
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_PROJECT_ggml_INCLUDE=$(abspath third_party/no_amx.cmake)" $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-build-isolation \
 	  --config-settings=build-dir=$(BUILD) --editable '.[bench]'
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 

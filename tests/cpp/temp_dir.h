@@ -1,5 +1,7 @@
 #pragma once
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -13,7 +15,10 @@ namespace test {
 class TempDir {
    public:
     TempDir() {
-        std::string name = (std::filesystem::temp_directory_path() / "llama_moe_test_XXXXXX").string();
+        // In memory where that is possible: a disk's file system flushes a file each time it is written over.
+        const bool memory = ::access("/dev/shm", W_OK) == 0;
+        const std::filesystem::path parent = memory ? std::filesystem::path("/dev/shm") : std::filesystem::temp_directory_path();
+        std::string name = (parent / "llama_moe_test_XXXXXX").string();
         if (::mkdtemp(name.data()) == nullptr) {
             throw std::runtime_error("no temporary directory: " + name);
         }

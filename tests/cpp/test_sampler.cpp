@@ -234,7 +234,7 @@ TEST_CASE("logit_bias moves the choice and names a token that is not there") {
         SamplingOptions unknown;
         unknown.logit_bias[token] = 1.0f;
         const auto message = CHECK_THROWS(InvalidOptionError, make_sampler(unknown));
-        CHECK_EQ(message, "logit_bias names token " + std::to_string(token) + "; the vocabulary has the tokens 0 to 258");
+        CHECK_EQ(message, "logit_bias names token " + std::to_string(token) + "; the vocabulary has the tokens 0 to " + std::to_string(test::kVocabSize - 1));
     }
 }
 

@@ -10,7 +10,7 @@
 namespace test {
 namespace {
 
-constexpr int kWidth = 32;
+constexpr int kWidth = 64;
 constexpr int kHeads = 2;
 constexpr int kHiddenWidth = 32;
 
@@ -47,6 +47,8 @@ void add_vocabulary(GgufBuilder& gguf) {
         tokens.emplace_back(name);
         types.push_back(6);  // byte
     }
+    tokens.emplace_back("\xE2\x96\x81");
+    types.push_back(1);  // normal
     gguf.set("tokenizer.ggml.model", "llama")
         .set("tokenizer.ggml.tokens", tokens)
         .set("tokenizer.ggml.scores", std::vector<float>(tokens.size(), 0.0f))

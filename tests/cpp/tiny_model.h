@@ -9,14 +9,17 @@
 
 namespace test {
 
-// Its vocabulary: <unk>, <s>, </s>, then one token for each byte.
+// Its vocabulary: <unk>, <s>, </s>, then one token for each byte, then one for a space, which such vocabularies write as
+// U+2581.
 constexpr int kBos = 1;
 constexpr int kEos = 2;
 constexpr int kFirstByte = 3;
-constexpr int kVocabSize = kFirstByte + 256;
+constexpr int kSpace = kFirstByte + 256;
+constexpr int kVocabSize = kSpace + 1;
 
+// The token of a one-byte character.
 constexpr int byte_token(char byte) {
-    return kFirstByte + static_cast<unsigned char>(byte);
+    return byte == ' ' ? kSpace : kFirstByte + static_cast<unsigned char>(byte);
 }
 
 struct TinyModelOptions {

@@ -8,7 +8,6 @@ its tokens.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import zlib
@@ -22,11 +21,12 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from tests.support.vocabularies import VOCABULARIES, Vocabulary, add_vocabulary
+
 __all__ = ["ARCHITECTURES", "DENSE", "MODELS", "TinyModel", "write_tiny_model"]
 
 Floats = npt.NDArray[np.float32]
 Attention = Literal["grouped", "latent"]
-Vocabulary = Literal["bpe", "spm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class TinyModel:
 
     @property
     def vocab_size(self) -> int:
-        return len(_VOCABULARIES[self.vocabulary])
+        return len(VOCABULARIES[self.vocabulary])
 
     @property
     def expert_tensors(self) -> tuple[str, ...]:
@@ -252,7 +252,7 @@ def write_tiny_model(path: str | os.PathLike[str], architecture: str, *, seed: i
     writer = gguf.GGUFWriter(None, model.architecture)
     try:
         _add_metadata(writer, model)
-        _add_vocabulary(writer, model)
+        add_vocabulary(writer, model.vocabulary, pre_tokenizer=model.pre_tokenizer, chat_template=model.chat_template)
         _add_tensors(writer, model, seed)
         writer.open_output_file(target)
         writer.write_header_to_file()
@@ -290,85 +290,6 @@ def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
             writer.add_uint32(name, value)
         else:
             writer.add_float32(name, value)
-
-
-# ---- vocabularies
-
-# Pairs that are joined, earlier ones first; each part is a character or was joined before. "▁" stands for a space.
-_PAIRS = (
-    "▁+t h+e ▁+a i+n r+e o+n ▁t+he e+r ▁+s a+t o+r e+n ▁+w ▁+c i+s ▁+o e+s i+t ▁a+n ▁an+d in+g ▁o+f o+u ▁+p ▁+in e+d ▁+b ▁+m a+l ▁t+o "
-    "▁+f l+l ▁+is o+w s+t ▁+d ▁+e ▁e+x p+er ▁ex+per ▁exper+t ▁expert+s"
-)
-_MERGES = tuple(pair.replace("+", " ") for pair in _PAIRS.split())
-_PRINTABLE = range(0x20, 0x7F)
-_QUIET, _SILENT = 0.5, 0.05
-
-
-@dataclass(frozen=True)
-class _Token:
-    text: str
-    type: gguf.TokenType = gguf.TokenType.NORMAL
-    loudness: float = 1.0
-    """Factor on the token's logits: keeps greedy text mostly printable, and free of control tokens."""
-
-
-def _byte_alphabet() -> tuple[str, ...]:
-    """GPT-2's printable character for each byte: itself if it is one, else the next from U+0100 on."""
-    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(0x100)
-    return tuple(chr(byte if byte in plain else next(others)) for byte in range(256))
-
-
-_ALPHABET = _byte_alphabet()
-
-
-def _byte_pair_tokens() -> tuple[_Token, ...]:
-    letters = tuple(_Token(text, loudness=1.0 if byte in _PRINTABLE else _QUIET) for byte, text in enumerate(_ALPHABET))
-    words = tuple(_Token(merge.replace(" ", "").replace("▁", _ALPHABET[0x20])) for merge in _MERGES)
-    control = tuple(_Token(text, gguf.TokenType.CONTROL, _SILENT) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
-    return _padded(letters + words + control)
-
-
-def _sentencepiece_tokens() -> tuple[_Token, ...]:
-    unknown = _Token("<unk>", gguf.TokenType.UNKNOWN, _SILENT)
-    control = tuple(_Token(text, gguf.TokenType.CONTROL, _SILENT) for text in ("<s>", "</s>"))
-    fallback = tuple(_Token(f"<0x{byte:02X}>", gguf.TokenType.BYTE, _QUIET) for byte in range(256))
-    words = tuple(_Token(merge.replace(" ", "")) for merge in _MERGES)
-    letters = tuple(_Token("▁" if byte == 0x20 else chr(byte)) for byte in _PRINTABLE)
-    return _padded((unknown, *control, *fallback, *words, *letters))
-
-
-def _padded(tokens: tuple[_Token, ...]) -> tuple[_Token, ...]:
-    """Models round their vocabulary up with tokens that never occur."""
-    missing = -len(tokens) % 32
-    return tokens + tuple(_Token(f"<|unused_{index}|>", gguf.TokenType.UNUSED, _SILENT) for index in range(missing))
-
-
-_VOCABULARIES: Mapping[Vocabulary, tuple[_Token, ...]] = {"bpe": _byte_pair_tokens(), "spm": _sentencepiece_tokens()}
-
-
-def _add_vocabulary(writer: gguf.GGUFWriter, model: TinyModel) -> None:
-    tokens = _VOCABULARIES[model.vocabulary]
-    ids = {token.text: index for index, token in enumerate(tokens)}
-    writer.add_token_list([token.text for token in tokens])
-    writer.add_token_types([int(token.type) for token in tokens])
-    if model.vocabulary == "bpe":
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(model.pre_tokenizer)
-        writer.add_token_merges([merge.replace("▁", _ALPHABET[0x20]) for merge in _MERGES])
-        writer.add_bos_token_id(ids["<|endoftext|>"])
-        writer.add_eos_token_id(ids["<|im_end|>" if model.chat_template else "<|endoftext|>"])
-        writer.add_add_bos_token(model.chat_template is None)
-    else:
-        writer.add_tokenizer_model("llama")
-        # The pair with the higher score is joined first.
-        writer.add_token_scores([float(-index) for index in range(len(tokens))])
-        writer.add_unk_token_id(ids["<unk>"])
-        writer.add_bos_token_id(ids["<s>"])
-        writer.add_eos_token_id(ids["</s>"])
-        writer.add_add_bos_token(True)
-    if model.chat_template is not None:
-        writer.add_chat_template(model.chat_template)
 
 
 # ---- tensors
@@ -482,7 +403,7 @@ def _experts(model: TinyModel, prefix: str, suffix: str, experts: int, hidden: i
 
 def _add_tensors(writer: gguf.GGUFWriter, model: TinyModel, seed: int) -> None:
     generator = np.random.default_rng([seed, zlib.crc32(model.name.encode())])
-    loudness = np.array([token.loudness for token in _VOCABULARIES[model.vocabulary]], dtype=np.float32)
+    loudness = np.array([token.loudness for token in VOCABULARIES[model.vocabulary]], dtype=np.float32)
     for tensor in _tensors(model):
         scale = tensor.gain if tensor.is_vector else tensor.gain / math.sqrt(tensor.shape[-1])
         values: Floats = generator.standard_normal(tensor.shape, dtype=np.float32) * np.float32(scale) + np.float32(tensor.mean)
