@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <exception>
 #include <mutex>
 #include <string_view>
@@ -70,6 +71,7 @@ int run_isolated(const std::string & name) {
 }  // namespace test
 
 int main(int argc, char ** argv) {
+    std::signal(SIGPIPE, SIG_IGN);  // as Python does: writing to a worker that died is an error, not the end of the process
     const std::vector<std::string_view> arguments(argv + 1, argv + argc);
     if (arguments.size() == 2 && arguments[0] == "--case") {
         return test::run_isolated(std::string(arguments[1]));

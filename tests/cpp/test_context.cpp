@@ -31,15 +31,6 @@ const std::shared_ptr<Model>& model() {
     return instance;
 }
 
-// A context for prompts so long that computing one takes much longer than the interval of polls.
-ContextOptions long_options() {
-    ContextOptions options;
-    options.context_size = 16 * 1024;
-    options.micro_batch_size = 16;
-    options.threads = 1;
-    return options;
-}
-
 ContextOptions small_options(int sequences = 1) {
     ContextOptions options;
     options.context_size = 256;
@@ -47,6 +38,14 @@ ContextOptions small_options(int sequences = 1) {
     options.threads = 1;
     options.kv_type = "f32";  // exact, both: rounding would hide small differences
     options.flash_attention = "off";
+    return options;
+}
+
+// A context for prompts so long that computing one takes much longer than the interval of polls.
+ContextOptions long_options() {
+    auto options = small_options();
+    options.context_size = 16 * 1024;
+    options.micro_batch_size = 16;
     return options;
 }
 
@@ -449,6 +448,7 @@ TEST_CASE("a state is refused by a context of another size or type, which stays 
     source->decode(for_sequence(tokens_of(300), 1));
     auto quantised = options;
     quantised.kv_type = "q8_0";
+    quantised.flash_attention = "on";
     for (const auto& smaller : {small_options(2), small_options(1), quantised}) {
         for (const int sequence : {0, -1}) {
             const auto state = source->save_state(sequence);

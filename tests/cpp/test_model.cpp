@@ -13,6 +13,7 @@
 #include "llama_moe/device.h"
 #include "llama_moe/error.h"
 #include "llama_moe/live_objects.h"
+#include "llama_moe/log.h"
 #include "temp_dir.h"
 #include "test_support.h"
 #include "tiny_model.h"
@@ -181,13 +182,14 @@ TEST_CASE("an exception from the progress callback or a poll stops the load") {
     CHECK_THROWS(Interrupt, Model::load(test::tiny_model_file(), on_cpu(), kGpu, [](float) { throw Interrupt(); }));
     const test::TempDir directory;
     const auto path = slow_model(directory.file("slow.gguf"));
-    bool polled = false;
-    CHECK_THROWS(Interrupt, Model::load(path, on_cpu(), kGpu, {}, [&] {
-                     polled = true;
-                     throw Interrupt();
-                 }));
-    CHECK(polled);
+    take_log();
+    set_log_level(static_cast<int>(LogLevel::info));
+    CHECK_THROWS(Interrupt, Model::load(path, on_cpu(), kGpu, {}, [] { throw Interrupt(); }));
     CHECK(test::eventually([&] { return live_objects().models == models; }));
+    set_log_level(static_cast<int>(LogLevel::warning));
+    // The weights were not loaded in the background to be thrown away.
+    const auto lines = take_log();
+    CHECK(std::any_of(lines.begin(), lines.end(), [](const auto& line) { return contains(line.text, "cancelled model load"); }));
 }
 
 TEST_CASE("a file that is not a whole model is a ModelLoadError that says why") {

@@ -51,6 +51,10 @@ GenerationResult Generation::result() const {
 
 std::shared_ptr<Engine> Engine::create(const std::shared_ptr<Model>& model, const ContextOptions& options, const Poll& poll) {
     options.validate();
+    if (options.batch_size < options.max_sequences) {
+        throw InvalidOptionError("batch_size is " + std::to_string(options.batch_size) + "; an engine needs at least one token for each of its " +
+                                 std::to_string(options.max_sequences) + " sequences");
+    }
     std::shared_ptr<Engine> engine(new Engine);
     live_objects().engines++;
     engine->model_ = model;
@@ -85,6 +89,7 @@ std::unique_ptr<Generation> Engine::submit(std::vector<std::int32_t> prompt, con
         throw ContextFullError("the prompt has " + std::to_string(prompt.size()) + " tokens; the context holds " +
                                std::to_string(limits_.context_size) + " for each sequence");
     }
+    const auto loaded = model_->acquire();  // the vocabulary stays while a sampler is made with it
     const NativeScope scope;
     auto request = std::make_shared<Request>(std::move(prompt), sampling, vocabulary, limits_.context_size);
     core_->submit(request);

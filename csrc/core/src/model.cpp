@@ -45,24 +45,6 @@ void check_host_memory(const ModelOptions& options, const ResolvedPlacement& pla
     }
 }
 
-// llama.cpp's AMX buffers take 3-D attention weights (DeepSeek's latent attention) when loading, and cannot multiply with them
-// later, when the other factor is not contiguous (ggml-cpu/amx/amx.cpp, supports_op): no context could be made.
-bool repacking_breaks(const GgufInfo& gguf, const ResolvedPlacement& placement) {
-    const auto get_extra_types = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu_device()), "ggml_backend_dev_get_extra_bufts"));
-    bool has_amx = false;
-    for (auto* type = get_extra_types != nullptr ? get_extra_types(cpu_device()) : nullptr; type != nullptr && *type != nullptr; type++) {
-        has_amx = has_amx || std::string(ggml_backend_buft_name(*type)) == "AMX";
-    }
-    const auto is_latent = [](const TensorInfo& tensor) {
-        return tensor.shape.size() > 2 && (tensor.name.find(".attn_k_b.") != std::string::npos || tensor.name.find(".attn_v_b.") != std::string::npos);
-    };
-    return has_amx && std::any_of(gguf.tensors.begin(), gguf.tensors.end(), [&](const TensorInfo& tensor) {
-        return is_latent(tensor) && std::any_of(placement.tensors.begin(), placement.tensors.end(),
-                                                [&](const auto& placed) { return placed.name == tensor.name && placed.device == "CPU"; });
-    });
-}
-
 llama_model_params native_params(LoadedModel& loaded, const ModelOptions& options, const ResolvedPlacement& placement) {
     for (const auto& name : placement.accelerators) {
         loaded.devices.push_back(find_device(name));
@@ -243,11 +225,7 @@ std::shared_ptr<Model> Model::load(const std::string& path, const ModelOptions& 
             model.gguf_ = read_gguf(path);
             auto placement = resolve_placement(model.gguf_, options, policy);
             auto loaded = std::make_shared<LoadedModel>();
-            auto params = native_params(*loaded, options, placement);
-            if (options.repack && repacking_breaks(model.gguf_, placement)) {
-                params.use_extra_bufts = false;
-                log_line(LogLevel::info, "weights are not repacked: llama.cpp cannot compute this model's latent attention with AMX");
-            }
+            const auto params = native_params(*loaded, options, placement);
             check_host_memory(options, placement, {loaded->devices.begin(), loaded->devices.end() - 1});
             if (!placement.summary.empty()) {
                 log_line(LogLevel::info, placement.summary);

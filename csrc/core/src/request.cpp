@@ -36,12 +36,14 @@ void Request::deliver(std::vector<GeneratedToken> tokens) {
 
 void Request::record_timings() {
     const auto now = Clock::now();
+    const Clock::time_point begin = started;
+    const Clock::time_point first = first_token;
     result.prompt_tokens = static_cast<int>(prompt.size());
     result.completion_tokens = generated;
-    result.queue_seconds = seconds_between(submitted, started == Clock::time_point{} ? now : started);
-    result.prompt_seconds = seconds_between(started, first_token == Clock::time_point{} ? now : first_token);
-    result.decode_seconds = seconds_between(first_token, now);
-    result.time_to_first_token = seconds_between(submitted, first_token);
+    result.queue_seconds = seconds_between(submitted, begin == Clock::time_point{} ? now : begin);
+    result.prompt_seconds = seconds_between(begin, first == Clock::time_point{} ? now : first);
+    result.decode_seconds = seconds_between(first, now);
+    result.time_to_first_token = seconds_between(submitted, first);
 }
 
 bool Request::finish(const std::string& reason) {

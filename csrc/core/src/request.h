@@ -19,8 +19,8 @@ namespace llama_moe {
 
 using Clock = std::chrono::steady_clock;
 
-// One request on its way from submit() to its last token. The first part belongs to the engine's thread; `mutex` guards
-// the second, which the consumer reads.
+// One request on its way from submit() to its last token. The first part belongs to the engine's thread, but for what is
+// atomic: a consumer that cancels takes the timings. `mutex` guards the second part, which the consumer reads.
 struct Request {
     Request(std::vector<std::int32_t> prompt_tokens, const SamplingOptions& options, const SamplingVocabulary& vocabulary, int context_size);
 
@@ -34,10 +34,10 @@ struct Request {
     TextAssembler assembler;
     std::size_t prompt_done = 0;  // prompt tokens in the KV cache
     std::int32_t last_token = -1;
-    int generated = 0;
+    std::atomic<int> generated{0};
     int position = 0;  // tokens in the KV cache
-    Clock::time_point started{};
-    Clock::time_point first_token{};
+    std::atomic<Clock::time_point> started{};
+    std::atomic<Clock::time_point> first_token{};
     std::deque<std::pair<std::size_t, SampledLogprobs>> sampled_logprobs;  // of tokens whose text is still held back
 
     bool in_prompt() const { return prompt_done < prompt.size(); }

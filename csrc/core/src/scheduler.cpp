@@ -64,6 +64,11 @@ void EngineCore::work() {
     } catch (...) {
         fail_all(std::current_exception());
     }
+    {
+        // Freeing memory on a worker that died never returns either.
+        std::lock_guard<std::mutex> lock(mutex_);
+        native_call_.emplace();
+    }
     context_.reset();
     model_.reset();
     std::lock_guard<std::mutex> lock(mutex_);
@@ -82,6 +87,9 @@ void EngineCore::serve() {
             continue;
         }
         const int status = decode();
+        if (failed()) {
+            return;  // it took so long that everybody was told it would never return
+        }
         if (status == 0) {
             sample();
         } else {
@@ -297,7 +305,7 @@ void EngineCore::sample_slot(std::size_t index) {
             end(index, "stop");
         } else if ((request.max_tokens && request.generated >= *request.max_tokens) || request.position >= limits_.context_size) {
             request.deliver(with_logprobs(request, request.assembler.finish()));
-            end(index, "length");
+            end(index, request.assembler.stopped() ? "stop" : "length");
         }
     } catch (const NativeAbort&) {
         throw;
@@ -358,6 +366,8 @@ void EngineCore::fail_all(const std::exception_ptr& error) {
     if (!failure_) {
         failure_ = error;
     }
+    stats_.requests_finished += stats_.requests_running + waiting_.size();
+    stats_.requests_running = 0;
     // What close() ends was asked for: those generations are cancelled, not failed.
     const auto finish = [&](Request& request) { stopping_ ? request.finish("cancelled") : request.fail(error); };
     for (const auto& request : running_) {
@@ -469,6 +479,11 @@ void EngineCore::close() {
 bool EngineCore::closed() const {
     std::lock_guard<std::mutex> lock(mutex_);
     return closed_;
+}
+
+bool EngineCore::failed() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return failure_ != nullptr;
 }
 
 bool EngineCore::active() const {

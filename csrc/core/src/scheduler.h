@@ -70,6 +70,7 @@ class EngineCore : public std::enable_shared_from_this<EngineCore> {
     void end(std::size_t slot, const std::string& reason);
     void fail_all(const std::exception_ptr& error);
     void check_open() const;
+    bool failed() const;
     bool active() const;
     bool should_abort() const;
 

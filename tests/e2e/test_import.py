@@ -1,0 +1,38 @@
+"""What `import llama_moe` brings, and the shape of the public interface."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import llama_moe
+from tests.support.processes import run_python
+
+
+def test_importing_does_not_import_what_is_slow() -> None:
+    ran = run_python("import sys, json, llama_moe; print(json.dumps(sorted(sys.modules)))")
+    loaded = set(json.loads(ran.stdout))
+    assert "llama_moe._core" in loaded
+    assert not loaded & {"numpy", "asyncio", "typer", "rich", "importlib.metadata", "gguf", "subprocess"}
+    assert ran.stderr == ""
+
+
+def test_public_names_exist_and_have_docstrings() -> None:
+    assert len(set(llama_moe.__all__)) == len(llama_moe.__all__)
+    for name in llama_moe.__all__:
+        assert getattr(llama_moe, name) is not None
+        if not name.startswith("_"):
+            assert inspect.getdoc(getattr(llama_moe, name)), name
+
+
+def test_no_public_callable_swallows_unknown_names() -> None:
+    for name in llama_moe.__all__:
+        public = getattr(llama_moe, name)
+        members = [public, *(member for key, member in inspect.getmembers(public) if not key.startswith("_"))]
+        for member in filter(callable, members):
+            try:
+                signature = inspect.signature(member)
+            except ValueError:
+                continue  # a builtin without one
+            kinds = {parameter.kind for parameter in signature.parameters.values()}
+            assert inspect.Parameter.VAR_KEYWORD not in kinds, (name, member)
