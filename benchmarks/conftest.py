@@ -7,12 +7,13 @@ import statistics
 from typing import TYPE_CHECKING
 
 import pytest
-from synthetic_model import synthetic_model_path
 
 import llama_moe
+from benchmarks.synthetic_model import synthetic_model_path
 from llama_moe.demo_model import demo_model_path
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -33,19 +34,45 @@ def model(request: pytest.FixtureRequest) -> Path:
     return demo_model_path() if request.param == "demo" else synthetic_model_path()
 
 
-def compare(benchmark: BenchmarkFixture, *, model: Path, threads: int, unit: str, peer: str, ours: list[float], theirs: list[float]) -> None:
-    """Puts the medians and their ratio, ours over the peer's, into the benchmark's record."""
+def compare(
+    benchmark: BenchmarkFixture,
+    ours: Callable[[], float],
+    theirs: Callable[[], float],
+    *,
+    model: str,
+    threads: int,
+    unit: str,
+    peer: str,
+    rounds: int = ROUNDS,
+) -> None:
+    """Measures the peer and us in turn, and puts the medians and their ratio, ours over the peer's, into the benchmark's record.
+
+    Args:
+        benchmark: the fixture; its own times are those of `ours` as a whole.
+        ours: measures us once and returns the figure, in `unit`.
+        theirs: the same for the peer.
+        model: the model's name.
+        threads: CPU threads of both.
+        unit: of the figures.
+        peer: the peer's name.
+        rounds: pairs of measurements.
+    """
+    figures: list[float] = []
+    peer_figures: list[float] = []
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        lambda: figures.append(ours()), setup=lambda: peer_figures.append(theirs()), rounds=rounds
+    )
     info = llama_moe.build_info()
     benchmark.extra_info.update(
         {
-            "model": model.name,
+            "model": model,
             "threads": threads,
             "peer": peer,
             "unit": unit,
-            "ours": statistics.median(ours),
-            "theirs": statistics.median(theirs),
-            "ratio": statistics.median(ours) / statistics.median(theirs),
-            "pair_ratios": [round(a / b, 4) for a, b in zip(ours, theirs, strict=True)],
+            "ours": statistics.median(figures),
+            "theirs": statistics.median(peer_figures),
+            "ratio": statistics.median(figures) / statistics.median(peer_figures),
+            "pair_ratios": [round(a / b, 4) for a, b in zip(figures, peer_figures, strict=True)],
             "llama_moe": info["version"],
             "llama.cpp": info["llama_cpp_commit"],
             "compiler": info["compiler"],
@@ -58,15 +85,14 @@ def compare(benchmark: BenchmarkFixture, *, model: Path, threads: int, unit: str
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Prints the comparisons, which pytest-benchmark keeps in its JSON only."""
     session = getattr(config, "_benchmarksession", None)
-    records = [bench.extra_info for bench in session.benchmarks if "ratio" in bench.extra_info] if session else []
-    if not records:
+    benchmarks = [] if session is None else [bench for bench in session.benchmarks if "ratio" in bench.extra_info]
+    if not benchmarks:
         return
     terminalreporter.section("ratios to the peers")
-    for bench in session.benchmarks:
+    for bench in benchmarks:
         info = bench.extra_info
-        if "ratio" in info:
-            pairs = sorted(info["pair_ratios"])
-            terminalreporter.write_line(
-                f"{bench.name}: {info['ratio']:.3f} ({info['ours']:.4g} against {info['theirs']:.4g} {info['unit']} of {info['peer']}; "
-                f"pairs {pairs[0]:.3f} to {pairs[-1]:.3f}; {info['model']}, {info['threads']} threads)"
-            )
+        pairs = sorted(info["pair_ratios"])
+        terminalreporter.write_line(
+            f"{bench.name}: {info['ratio']:.3f} ({info['ours']:.4g} against {info['theirs']:.4g} {info['unit']} of {info['peer']}; "
+            f"pairs {pairs[0]:.3f} to {pairs[-1]:.3f}; {info['model']}, {info['threads']} threads)"
+        )

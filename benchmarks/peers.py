@@ -27,7 +27,7 @@ def llama_bench() -> Path:
     named = os.environ.get("LLAMA_BENCH")
     if named:
         return Path(named)
-    for path in sorted(_ROOT.glob("build/*/llama.cpp/**/llama-bench")):
+    for path in sorted(_ROOT.glob("build/*/bin/llama-bench")):
         return path
     raise FileNotFoundError("no llama-bench below build/; run `make bench`, or name one in LLAMA_BENCH")
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import compare
+
+from benchmarks.conftest import compare
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
-
-ROUNDS = 15
 
 
 def import_seconds(module: str) -> float:
@@ -26,9 +24,13 @@ def test_import_against_llama_cpp_python(benchmark: BenchmarkFixture) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; `make bench` installs it")
     import_seconds("llama_moe")
     import_seconds("llama_cpp")
-    ours: list[float] = []
-    theirs: list[float] = []
-    benchmark.pedantic(
-        lambda: ours.append(import_seconds("llama_moe")), setup=lambda: theirs.append(import_seconds("llama_cpp")), rounds=ROUNDS
+    compare(
+        benchmark,
+        lambda: import_seconds("llama_moe"),
+        lambda: import_seconds("llama_cpp"),
+        model="no model",
+        threads=1,
+        unit="s",
+        peer="import llama_cpp",
+        rounds=15,
     )
-    compare(benchmark, model=Path("none"), threads=1, unit="s", peer="import llama_cpp", ours=ours, theirs=theirs)

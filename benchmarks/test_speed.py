@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from conftest import ROUNDS, compare
-from peers import LlamaCppPython, llama_bench_load_seconds, llama_bench_rates
 
 import llama_moe
+from benchmarks.conftest import compare
+from benchmarks.peers import LlamaCppPython, llama_bench_load_seconds, llama_bench_rates
 from llama_moe import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,66 +35,73 @@ def llm(model: Path, threads: int) -> Iterator[llama_moe.Engine]:
 
 def stream_rate(llm: llama_moe.Engine, tokens: int) -> float:
     """Tokens per second between the first and the last of the streamed tokens, as their consumer sees them."""
-    times = []
-    for _ in llm.stream([0], SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)):
-        times.append(time.perf_counter())
+    times = [time.perf_counter() for _ in llm.stream([0], SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True))]
     assert len(times) == tokens
     return (tokens - 1) / (times[-1] - times[0])
 
 
 def test_streaming_decode_against_llama_bench(benchmark: BenchmarkFixture, llm: llama_moe.Engine, model: Path, threads: int) -> None:
-    ours: list[float] = []
-    theirs: list[float] = []
-    benchmark.pedantic(
-        lambda: ours.append(stream_rate(llm, TOKENS + 1)),
-        setup=lambda: theirs.append(llama_bench_rates(model, threads=threads, tokens=TOKENS)),
-        rounds=ROUNDS,
+    compare(
+        benchmark,
+        lambda: stream_rate(llm, TOKENS + 1),
+        lambda: llama_bench_rates(model, threads=threads, tokens=TOKENS),
+        model=model.name,
+        threads=threads,
+        unit="tokens/s",
+        peer="llama-bench",
     )
-    compare(benchmark, model=model, threads=threads, unit="tokens/s", peer="llama-bench", ours=ours, theirs=theirs)
 
 
 def test_prompt_against_llama_bench(benchmark: BenchmarkFixture, llm: llama_moe.Engine, model: Path, threads: int) -> None:
-    ours: list[float] = []
-    theirs: list[float] = []
-    prompts = np.random.default_rng(0).integers(0, llm.model.vocab_size, size=(ROUNDS + 1, PROMPT))
-    llm.generate(prompts[-1].tolist(), SamplingParams(max_tokens=1))
-    rounds = iter(prompts)
+    random = np.random.default_rng(0)
 
-    def prompt() -> None:
-        tokens = next(rounds).tolist()
+    def prompt_rate() -> float:
+        tokens = random.integers(0, llm.model.vocab_size, size=PROMPT).tolist()
         begin = time.perf_counter()
         llm.generate(tokens, SamplingParams(max_tokens=1, temperature=0))
-        ours.append(PROMPT / (time.perf_counter() - begin))
+        return PROMPT / (time.perf_counter() - begin)
 
-    benchmark.pedantic(
-        prompt, setup=lambda: theirs.append(llama_bench_rates(model, threads=threads, prompt=PROMPT)), rounds=ROUNDS
+    prompt_rate()
+    compare(
+        benchmark,
+        prompt_rate,
+        lambda: llama_bench_rates(model, threads=threads, prompt=PROMPT),
+        model=model.name,
+        threads=threads,
+        unit="tokens/s",
+        peer="llama-bench",
     )
-    compare(benchmark, model=model, threads=threads, unit="tokens/s", peer="llama-bench", ours=ours, theirs=theirs)
 
 
-def test_streaming_decode_against_llama_cpp_python(
-    benchmark: BenchmarkFixture, llm: llama_moe.Engine, model: Path, threads: int
-) -> None:
+def test_streaming_decode_against_llama_cpp_python(benchmark: BenchmarkFixture, llm: llama_moe.Engine, model: Path, threads: int) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; `make bench` installs it")
-    ours: list[float] = []
-    theirs: list[float] = []
     with LlamaCppPython(model, threads=threads) as peer:
         peer.decode_rate(4)
-        benchmark.pedantic(
-            lambda: ours.append(stream_rate(llm, TOKENS + 1)), setup=lambda: theirs.append(peer.decode_rate(TOKENS + 1)), rounds=ROUNDS
+        compare(
+            benchmark,
+            lambda: stream_rate(llm, TOKENS + 1),
+            lambda: peer.decode_rate(TOKENS + 1),
+            model=model.name,
+            threads=threads,
+            unit="tokens/s",
+            peer="llama-cpp-python",
         )
-    compare(benchmark, model=model, threads=threads, unit="tokens/s", peer="llama-cpp-python", ours=ours, theirs=theirs)
 
 
 def test_load_against_llama_bench(benchmark: BenchmarkFixture, model: Path, threads: int) -> None:
-    ours: list[float] = []
-    theirs: list[float] = []
-
-    def load() -> None:
+    def load_seconds() -> float:
         begin = time.perf_counter()
         engine = llama_moe.load(model, experts="gpu", devices=[], context_size=512, threads=threads)
-        ours.append(time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
         engine.close()
+        return seconds
 
-    benchmark.pedantic(load, setup=lambda: theirs.append(llama_bench_load_seconds(model, threads=threads)), rounds=ROUNDS)
-    compare(benchmark, model=model, threads=threads, unit="s", peer="llama-bench", ours=ours, theirs=theirs)
+    compare(
+        benchmark,
+        load_seconds,
+        lambda: llama_bench_load_seconds(model, threads=threads),
+        model=model.name,
+        threads=threads,
+        unit="s",
+        peer="llama-bench",
+    )

@@ -96,7 +96,8 @@ def test_later_changes_of_what_was_given_do_not_matter() -> None:
 
 
 def test_numpy_numbers_are_numbers() -> None:
-    native = SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0.5))._to_native()
+    values: dict[str, Any] = {"max_tokens": np.int64(3), "temperature": np.float32(0.5)}  # Any: to a type checker they are not
+    native = SamplingParams(**values)._to_native()
     assert native.max_tokens == 3
     assert native.temperature == 0.5
 
