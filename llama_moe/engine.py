@@ -156,7 +156,7 @@ class Engine:
         streams: list[TokenStream] = []
         try:
             for prompt, sampling in zip(each, options, strict=True):
-                streams.append(TokenStream(self._native.submit(prompt, sampling)))
+                streams.append(TokenStream(self._native.submit(prompt, sampling), self))
         except BaseException:
             for stream in streams:
                 stream.cancel()

@@ -20,7 +20,7 @@ class SamplingParams:
         top_p: keep the smallest set of most likely tokens with at least this probability, 0 to 1; 1: all.
         min_p: keep tokens with at least this share of the best one's probability, 0 to 1; 0: all.
         typical_p: locally typical sampling (Meister et al. 2022, arXiv:2202.00666), 0 to 1; 1: off.
-        top_n_sigma: keep tokens whose logit is at most this many standard deviations below the best; negative: off.
+        top_n_sigma: keep tokens whose logit is at most this many standard deviations below the best; 0 or less: off.
         repeat_penalty: divides the logits of recent tokens; 1: off.
         presence_penalty: subtracted from the logit of each recent token; 0: off.
         frequency_penalty: subtracted from it once for each time it occurred; 0: off.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from . import _core
+    from .engine import Engine
 
 
 class TokenStream(Iterator[Token]):
@@ -25,10 +26,11 @@ class TokenStream(Iterator[Token]):
     KeyboardInterrupt, cancels it too. One thread at a time may read a stream; any may cancel it.
     """
 
-    __slots__ = ("__weakref__", "_cancelled", "_completion", "_failure", "_generation", "_tokens")
+    __slots__ = ("__weakref__", "_cancelled", "_completion", "_engine", "_failure", "_generation", "_tokens")
 
-    def __init__(self, generation: _core.Generation) -> None:
+    def __init__(self, generation: _core.Generation, engine: Engine | None = None) -> None:
         self._generation = generation
+        self._engine = engine  # an engine that nobody else refers to lives as long as its streams
         self._tokens: list[Token] = []
         self._cancelled = False
         self._completion: Completion | None = None

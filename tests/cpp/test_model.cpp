@@ -50,16 +50,11 @@ struct Interrupt : std::runtime_error {
 };
 
 // A file that takes long to load: a large vocabulary, and hardly any weights.
-std::string slow_model(const std::string& path) {
-    auto gguf = test::tiny_model();
-    std::vector<std::string> tokens;
-    for (int i = 0; i < 300'000; i++) {
-        tokens.push_back("token " + std::to_string(i));
-    }
-    gguf.set("tokenizer.ggml.tokens", tokens).set("tokenizer.ggml.scores", std::vector<float>(tokens.size(), 0.0f));
-    gguf.set("tokenizer.ggml.token_type", std::vector<std::int32_t>(tokens.size(), 1));
-    gguf.write(path);
-    return path;
+std::string slow_model_file() {
+    test::TinyModelOptions options;
+    options.more_tokens = 300'000;
+    options.tied_output = true;
+    return test::tiny_model_file(options);
 }
 
 std::string all_bytes() {
@@ -180,11 +175,9 @@ TEST_CASE("progress goes from 0 to 1 and never back, on the calling thread") {
 TEST_CASE("an exception from the progress callback or a poll stops the load") {
     const int models = live_objects().models;
     CHECK_THROWS(Interrupt, Model::load(test::tiny_model_file(), on_cpu(), kGpu, [](float) { throw Interrupt(); }));
-    const test::TempDir directory;
-    const auto path = slow_model(directory.file("slow.gguf"));
     take_log();
     set_log_level(static_cast<int>(LogLevel::info));
-    CHECK_THROWS(Interrupt, Model::load(path, on_cpu(), kGpu, {}, [] { throw Interrupt(); }));
+    CHECK_THROWS(Interrupt, Model::load(slow_model_file(), on_cpu(), kGpu, {}, [] { throw Interrupt(); }));
     CHECK(test::eventually([&] { return live_objects().models == models; }));
     set_log_level(static_cast<int>(LogLevel::warning));
     // The weights were not loaded in the background to be thrown away.

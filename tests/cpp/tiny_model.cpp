@@ -38,7 +38,7 @@ class Weights {
     std::mt19937 random_;
 };
 
-void add_vocabulary(GgufBuilder& gguf) {
+void add_vocabulary(GgufBuilder& gguf, int more_tokens) {
     std::vector<std::string> tokens = {"<unk>", "<s>", "</s>"};
     std::vector<std::int32_t> types = {2, 3, 3};  // unknown, control, control
     for (int byte = 0; byte < 256; byte++) {
@@ -49,6 +49,10 @@ void add_vocabulary(GgufBuilder& gguf) {
     }
     tokens.emplace_back("\xE2\x96\x81");
     types.push_back(1);  // normal
+    for (int i = 0; i < more_tokens; i++) {
+        tokens.push_back("more " + std::to_string(i));
+        types.push_back(1);
+    }
     gguf.set("tokenizer.ggml.model", "llama")
         .set("tokenizer.ggml.tokens", tokens)
         .set("tokenizer.ggml.scores", std::vector<float>(tokens.size(), 0.0f))
@@ -69,6 +73,7 @@ TempDir& model_directory() {
 
 GgufBuilder tiny_model(const TinyModelOptions& options) {
     const auto number = [](int value) { return static_cast<std::uint32_t>(value); };
+    const int vocab_size = kVocabSize + options.more_tokens;
     GgufBuilder gguf;
     gguf.set("general.architecture", "llama")
         .set("general.name", "tiny")
@@ -80,11 +85,11 @@ GgufBuilder tiny_model(const TinyModelOptions& options) {
         .set("llama.attention.head_count_kv", number(kHeads))
         .set("llama.attention.layer_norm_rms_epsilon", 1e-5f)
         .set("llama.rope.dimension_count", number(kWidth / kHeads))
-        .set("llama.vocab_size", number(kVocabSize));
+        .set("llama.vocab_size", number(vocab_size));
     if (options.experts > 0) {
         gguf.set("llama.expert_count", number(options.experts)).set("llama.expert_used_count", number(options.experts_used));
     }
-    add_vocabulary(gguf);
+    add_vocabulary(gguf, options.more_tokens);
 
     Weights random(options.seed);
     const auto add = [&](const std::string& name, const std::vector<std::int64_t>& shape, double deviation) {
@@ -92,7 +97,11 @@ GgufBuilder tiny_model(const TinyModelOptions& options) {
     };
     const auto ones = [&](const std::string& name) { gguf.tensor(name, {kWidth}, std::vector<float>(kWidth, 1.0f)); };
     const double unit = 1.0 / std::sqrt(kWidth);  // keeps activations of one size, so that logits differ clearly
-    add("token_embd.weight", {kWidth, kVocabSize}, 1.0);
+    if (options.more_tokens > 0) {
+        gguf.tensor("token_embd.weight", {kWidth, vocab_size}, GGML_TYPE_Q4_0);
+    } else {
+        add("token_embd.weight", {kWidth, vocab_size}, 1.0);
+    }
     for (int layer = 0; layer < options.layers; layer++) {
         const std::string block = "blk." + std::to_string(layer) + ".";
         ones(block + "attn_norm.weight");
@@ -113,14 +122,15 @@ GgufBuilder tiny_model(const TinyModelOptions& options) {
     }
     ones("output_norm.weight");
     if (!options.tied_output) {
-        add("output.weight", {kWidth, kVocabSize}, 2 * unit);
+        add("output.weight", {kWidth, vocab_size}, 2 * unit);
     }
     return gguf;
 }
 
 std::string tiny_model_file(const TinyModelOptions& options) {
     std::string name = "tiny";
-    for (const int value : {options.layers, options.experts, options.experts_used, options.context_length, options.tied_output ? 1 : 0}) {
+    for (const int value : {options.layers, options.experts, options.experts_used, options.context_length, options.tied_output ? 1 : 0,
+                            options.more_tokens}) {
         name += "-" + std::to_string(value);
     }
     const std::string path = model_directory().file(name + "-" + std::to_string(options.seed) + ".gguf");

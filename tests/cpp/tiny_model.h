@@ -28,6 +28,7 @@ struct TinyModelOptions {
     int experts_used = 2;
     int context_length = 1024;
     bool tied_output = false;  // no output tensor: the embedding is used
+    int more_tokens = 0;       // behind the vocabulary; with any, the embedding is zero
     unsigned seed = 1;
 };
 

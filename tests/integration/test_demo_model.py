@@ -52,7 +52,6 @@ def test_the_cpu_alone_writes_the_dense_text(demo_model: Model, dense_texts: Seq
         ExpertPlacement.gpu(),
         ExpertPlacement.cpu(),
         ExpertPlacement.cpu_first(10),
-        ExpertPlacement.cpu_last(5),
         ExpertPlacement.match(r"blk\.[0-9]*[05]\.ffn_(up|down)_exps"),
     ],
     ids=repr,

@@ -61,7 +61,7 @@ void SamplingOptions::validate() const {
     require(top_p > 0 && top_p <= 1, "top_p", top_p, "more than 0 and at most 1");
     require(is_probability(min_p), "min_p", min_p, "from 0 to 1");
     require(typical_p > 0 && typical_p <= 1, "typical_p", typical_p, "more than 0 and at most 1");
-    require(true, "top_n_sigma", top_n_sigma, "finite; negative is off");
+    require(true, "top_n_sigma", top_n_sigma, "finite; 0 or less is off");
     require(repeat_penalty > 0, "repeat_penalty", repeat_penalty, "more than 0; 1 is off");
     require(true, "presence_penalty", presence_penalty, "finite");
     require(true, "frequency_penalty", frequency_penalty, "finite");
@@ -140,7 +140,7 @@ Sampler::Sampler(const SamplingOptions& options, const SamplingVocabulary& vocab
                                   : llama_sampler_init_mirostat_v2(seed, options.mirostat_tau, options.mirostat_eta));
         return;
     }
-    if (options.top_n_sigma >= 0.0f) {
+    if (options.top_n_sigma > 0.0f) {
         add(llama_sampler_init_top_n_sigma(options.top_n_sigma));
     }
     if (options.top_k > 0) {

@@ -16,7 +16,7 @@ struct SamplingOptions {
     float top_p = 0.95f;             // smallest set with this probability; 1: all
     float min_p = 0.05f;             // at least this share of the best candidate's probability; 0: all
     float typical_p = 1.0f;          // locally typical sampling; 1: off
-    float top_n_sigma = -1.0f;       // standard deviations below the best logit; -1: off
+    float top_n_sigma = -1.0f;       // standard deviations below the best logit; 0 or less: off
     float repeat_penalty = 1.0f;     // 1: off
     float presence_penalty = 0.0f;   // 0: off
     float frequency_penalty = 0.0f;  // 0: off

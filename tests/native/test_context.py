@@ -1,0 +1,1 @@
+"""The low level with numpy arrays: tokens in, logits out, and the sequences in between."""

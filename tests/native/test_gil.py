@@ -1,0 +1,1 @@
+"""Other Python threads run while the native core works."""

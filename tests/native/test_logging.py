@@ -1,0 +1,1 @@
+"""llama.cpp's log goes to Python's logging, and nowhere else."""

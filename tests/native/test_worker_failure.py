@@ -1,0 +1,1 @@
+"""A worker that dies takes with it what was on it, and nothing else."""
