@@ -130,7 +130,10 @@ class Context:
         self._native.clear()
 
     def save_state(self, sequence_id: int = -1) -> bytes:
-        """The KV cache of a sequence, or of the whole context for -1, to load into a context of the same model and options."""
+        """The KV cache of a sequence, or of the whole context for -1.
+
+        It can be loaded into a context of the same model with the same `max_sequences` and `kv_type`, also in another process.
+        """
         return self._native.save_state(sequence_id)
 
     def load_state(self, data: bytes, sequence_id: int = -1) -> None:

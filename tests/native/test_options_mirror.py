@@ -1,1 +1,61 @@
-"""The options of the core and their Python counterparts have the same fields and defaults."""
+"""The options of the C++ core and those of the package are the same, with the same defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import llama_moe
+from llama_moe import Context, Engine, Model, SamplingParams, _core
+
+
+def native_defaults(options: object) -> dict[str, object]:
+    return {name: getattr(options, name) for name in dir(options) if not name.startswith("_") and not callable(getattr(options, name))}
+
+
+def keyword_defaults(function: object) -> dict[str, object]:
+    parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def same(ours: object, native: object) -> bool:
+    if isinstance(ours, tuple):
+        ours = list(ours)
+    if isinstance(native, float):
+        return isinstance(ours, int | float) and abs(ours - native) < 1e-6
+    return ours == native
+
+
+def test_sampling() -> None:
+    native = native_defaults(_core.SamplingOptions())
+    ours = SamplingParams()
+    assert {field.name for field in dataclasses.fields(ours)} == set(native)
+    for name, value in native.items():
+        mirrored = getattr(ours, name)
+        assert same(dict(mirrored) if name == "logit_bias" else mirrored, value), name
+
+
+def test_context_and_engine() -> None:
+    native = native_defaults(_core.ContextOptions())
+    for cls in (Context, Engine):
+        ours = keyword_defaults(cls)
+        assert set(ours) == set(native) - {"embeddings"}  # not yet offered by either
+        for name, value in ours.items():
+            # None is 0 in the core: "as many as there are", "as the other".
+            assert same(0 if value is None else value, native[name]), name
+
+
+def test_model() -> None:
+    native = native_defaults(_core.ModelOptions())
+    ours = keyword_defaults(Model)
+    assert set(native) - {"fit_context_tokens"} <= set(ours)
+    for name in ("host_memory", "repack", "check_tensors", "devices"):
+        assert ours[name] == native[name], name
+    assert (ours["gpu_layers"], native["gpu_layers"]) == ("all", -1)
+
+
+def test_load_takes_what_the_model_and_the_engine_take() -> None:
+    ours = keyword_defaults(llama_moe.load)
+    both = keyword_defaults(Model) | keyword_defaults(Engine)
+    del both["fit_context_tokens"]  # load knows it from the context
+    assert ours == both
