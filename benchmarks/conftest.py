@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pytest_benchmark.fixture import BenchmarkFixture
 
-ROUNDS = 7
+ROUNDS = 5
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,12 @@ void drain_logs() {
         }
         sink()(batch);
     } catch (py::error_already_set& error) {
-        error.discard_as_unraisable("llama_moe's log sink");
+        // The sink is Python code, in which a signal can be noticed: that is no failure of the sink, and the caller has to hear of it.
+        if (error.matches(PyExc_KeyboardInterrupt)) {
+            PyErr_SetInterrupt();
+        } else {
+            error.discard_as_unraisable("llama_moe's log sink");
+        }
     }
 }
 

@@ -15,7 +15,12 @@ Value = tuple[object, gguf.GGUFValueType]
 
 
 def edited_copy(
-    source: Path, target: Path, *, metadata: Mapping[str, Value] | None = None, without: Collection[str] = (), without_tensors: Collection[str] = ()
+    source: Path,
+    target: Path,
+    *,
+    metadata: Mapping[str, Value] | None = None,
+    without: Collection[str] = (),
+    without_tensors: Collection[str] = (),
 ) -> Path:
     """Copies a model file.
 
@@ -46,13 +51,17 @@ def sparse_copy(source: Path, target: Path, *, factor: int, metadata: Mapping[st
             shape[2 if "down" in tensor.name else 1] *= factor
             grown *= factor
         writer.add_tensor_info(tensor.name, shape, tensor.data.dtype, grown, raw_dtype=tensor.tensor_type)
-        size += -(-grown // writer.data_alignment) * writer.data_alignment
+        size += _padded(grown, writer.data_alignment)
     _write_header(writer, target)
     writer.write_ti_data_to_file()
     writer.close()
     with target.open("r+b") as file:
-        file.truncate(target.stat().st_size + size)
+        file.truncate(_padded(target.stat().st_size, writer.data_alignment) + size)
     return target
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
 
 
 def _begin(source: Path, metadata: Mapping[str, Value], without: Collection[str]) -> tuple[Any, Any]:
@@ -61,7 +70,9 @@ def _begin(source: Path, metadata: Mapping[str, Value], without: Collection[str]
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture" or name in metadata or name in without:
             continue
-        writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None)
+        writer.add_key_value(
+            name, field.contents(), field.types[0], field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        )
     for name, (value, kind) in metadata.items():
         writer.kv_data[0].pop(name, None)
         writer.add_key_value(name, value, kind)

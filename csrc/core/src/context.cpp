@@ -170,6 +170,7 @@ void Context::State::decode_chunk(const DecodeInput& input, std::size_t begin, s
     for (std::size_t i = begin; i < end; i++) {
         batch->add(input.tokens[i], positions[i], sequence_of(input, i), wanted[i] != 0);
     }
+    batch->add_output_to_wait_for();
     ErrorLog errors;
     const int status = llama_decode(context->get(), batch->get());
     if (status == 2 || interrupted()) {
@@ -182,8 +183,9 @@ void Context::State::decode_chunk(const DecodeInput& input, std::size_t begin, s
         throw DecodeError("llama.cpp could not decode " + std::to_string(end - begin) + " tokens (status " + std::to_string(status) +
                           "): " + errors.text("no reason was given"));
     }
+    llama_synchronize(context->get());
     for (int i = 0; i < batch->size(); i++) {
-        if (batch->output(i)) {
+        if (wanted[begin + static_cast<std::size_t>(i)] != 0) {
             const float* row = llama_get_logits_ith(context->get(), i);
             if (row == nullptr) {
                 throw DecodeError("llama.cpp gave no logits for token " + std::to_string(i));

@@ -227,6 +227,16 @@ int architecture_count(const GgufInfo& info, const char* key, int most) {
     return static_cast<int>(count);
 }
 
+// llama.cpp divides by the number of heads. Models without attention have 0 of them.
+void check_heads(const GgufInfo& info) {
+    const bool has_attention =
+        std::any_of(info.tensors.begin(), info.tensors.end(), [](const TensorInfo& tensor) { return tensor.name.find(".attn_q") != std::string::npos; });
+    if (has_attention && info.architecture_integer("attention.head_count", 1) == 0) {
+        throw ModelLoadError("'" + info.path + "' has a corrupted header: " + info.architecture +
+                             ".attention.head_count is 0; it must be 1 or more");
+    }
+}
+
 GgufInfo read_header(const std::string& path) {
     GgufInfo info;
     info.path = path;
@@ -255,6 +265,7 @@ GgufInfo read_header(const std::string& path) {
     info.nextn_layer_count = architecture_count(info, "nextn_predict_layers", info.layer_count);
     info.expert_count = architecture_count(info, "expert_count", kMaxExperts);
     info.experts_used = architecture_count(info, "expert_used_count", kMaxExperts);
+    check_heads(info);
     return info;
 }
 

@@ -220,4 +220,11 @@ void Batch::add(std::int32_t token, int position, int sequence, bool output) {
     outputs_[i] = output ? 1 : 0;
 }
 
+void Batch::add_output_to_wait_for() {
+    const auto end = outputs_.begin() + batch_.n_tokens;
+    if (batch_.n_tokens > 0 && std::find(outputs_.begin(), end, 1) == end) {
+        outputs_[static_cast<std::size_t>(batch_.n_tokens - 1)] = 1;
+    }
+}
+
 }  // namespace llama_moe

@@ -49,7 +49,9 @@ class Batch {
     void clear() { batch_.n_tokens = 0; }
     void add(std::int32_t token, int position, int sequence, bool output);
     int size() const { return batch_.n_tokens; }
-    bool output(int index) const { return batch_.logits[index] != 0; }
+    // Wants the last token's logits where no others are wanted. A remote worker is known to be done when something is read back from it:
+    // without that, calls would pile up there, and neither Ctrl-C nor close() could do anything about them.
+    void add_output_to_wait_for();
     const llama_batch& get() const { return batch_; }
 
    private:

@@ -196,6 +196,7 @@ void EngineCore::fill_batch() {
         in_batch_.push_back(slot.request);
         room -= static_cast<int>(count);
     }
+    batch_->add_output_to_wait_for();
     next_prompt_slot_ = (next_prompt_slot_ + 1) % slots_.size();
 }
 
