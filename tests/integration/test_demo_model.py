@@ -66,6 +66,9 @@ def test_every_placement_writes_the_dense_text(
 
 def test_the_engine_writes_the_dense_text(demo_model: Model, dense_path: Path) -> None:
     params = SamplingParams(max_tokens=TOKENS, temperature=0)
-    with Engine(demo_model, context_size=256, threads=1) as engine, Model(dense_path, devices=[]) as dense:
-        with Engine(dense, context_size=256, threads=1) as oracle:
-            assert engine.generate(PROMPTS[0], params).text == oracle.generate(PROMPTS[0], params).text
+    with (
+        Engine(demo_model, context_size=256, threads=1) as engine,
+        Model(dense_path, devices=[]) as dense,
+        Engine(dense, context_size=256, threads=1) as oracle,
+    ):
+        assert engine.generate(PROMPTS[0], params).text == oracle.generate(PROMPTS[0], params).text

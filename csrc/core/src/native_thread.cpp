@@ -200,7 +200,7 @@ void NativeThread::run(std::function<void()> task, const Poll& poll, const std::
         throw DecodeError("a device failed: " + AbortWatch::message());
     }
     if (job->error) {
-        std::rethrow_exception(job->error);
+        std::rethrow_exception(std::move(job->error));  // moved, here and below: the caller alone owns what it catches
     }
 }
 
@@ -224,7 +224,7 @@ void run_native(std::function<void()> task, const Poll& poll, const std::functio
         }
         task = nullptr;
         std::lock_guard<std::mutex> lock(state->mutex);
-        state->error = error;
+        state->error = std::move(error);
         state->done = true;
         state->changed.notify_all();
     }).detach();
@@ -252,7 +252,7 @@ void run_native(std::function<void()> task, const Poll& poll, const std::functio
         throw;
     }
     if (state->error) {
-        std::rethrow_exception(state->error);
+        std::rethrow_exception(std::move(state->error));
     }
 }
 
