@@ -280,18 +280,19 @@ TEST_CASE("who leaves its wait stops its own call and not the one before it") {
     std::shared_ptr<Logits> logits;
     std::thread first([&] {
         bool told = false;
-        logits = context->decode(input_of(tokens_of(2'500)), [&] {
+        logits = context->decode(input_of(tokens_of(1'800)), [&] {
             if (!std::exchange(told, true)) {
                 decoding.set_value();
             }
         });
     });
     decoding.get_future().wait();
-    CHECK_THROWS(Interrupt, context->decode(input_of(tokens_of(2'500)), [] { throw Interrupt(); }));
+    CHECK_THROWS(Interrupt, context->decode(input_of(tokens_of(1'800)), [] { throw Interrupt(); }));
+    CHECK_THROWS(Interrupt, context->clear([] { throw Interrupt(); }));
     first.join();
     REQUIRE(logits != nullptr);
     CHECK_EQ(logits->rows, 1u);
-    CHECK_EQ(context->sequence_length(0), 2'500);  // the call behind it never ran
+    CHECK_EQ(context->sequence_length(0), 1'800);  // the calls behind it never ran
 }
 
 TEST_CASE("close stops a decode that runs, and later use is a ClosedError") {

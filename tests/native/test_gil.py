@@ -87,12 +87,13 @@ def test_streaming_lets_other_threads_run(demo_model: Model) -> None:
 
 def test_closing_what_another_thread_uses_takes_no_lock_with_the_gil(tiny_model: Callable[[str], Path]) -> None:
     """Threads that load, generate and close against each other end; one that waited for a lock with the GIL would stop all."""
+    path = tiny_model("llama")
     failures: list[BaseException] = []
 
     def work(number: int) -> None:
         try:
             for _ in range(4):
-                with Model(tiny_model("llama"), experts="gpu", devices=[]) as model, Engine(model, context_size=256, threads=1) as engine:
+                with Model(path, experts="gpu", devices=[]) as model, Engine(model, context_size=256, threads=1) as engine:
                     stream = engine.stream("a", SamplingParams(temperature=0, ignore_eos=True, seed=number))
                     next(stream)
         except BaseException as error:  # noqa: BLE001 told below

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,22 @@ def test_closing_is_idempotent_in_any_order(path: Path) -> None:
     for thing in (engine, model, context, context, model, engine):
         thing.close()
         assert thing.closed
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["model", "engine", "context", "stream"])), ids=" ".join)
+def test_everything_closes_in_any_order_while_it_is_in_use(path: Path, order: tuple[str, ...]) -> None:
+    model = open_model(path)
+    engine, context = Engine(model, context_size=4096, threads=1), Context(model, context_size=256, threads=1)
+    stream = engine.stream("a", ENDLESS)
+    next(stream)
+    context.decode([1, 2, 3])
+    close = {"model": model.close, "engine": engine.close, "context": context.close, "stream": stream.close}
+    for name in order:
+        close[name]()
+    assert model.closed
+    assert engine.closed
+    assert context.closed
+    assert stream.completion.finish_reason == "cancelled"
 
 
 def test_properties_stay_readable_after_closing(path: Path) -> None:

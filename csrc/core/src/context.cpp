@@ -41,6 +41,8 @@ std::uint64_t checksum(const char* data, std::size_t size) {
 }  // namespace
 
 struct Context::State : std::enable_shared_from_this<Context::State> {
+    explicit State(const LoadedModel& model) : thread(model.devices) {}
+
     std::unique_ptr<NativeContext> context;
     std::unique_ptr<Batch> batch;
     std::atomic<const std::atomic<bool>*> cancelled{nullptr};  // of the running call; unset between calls
@@ -200,7 +202,7 @@ std::shared_ptr<Context> Context::create(const std::shared_ptr<Model>& model, co
     options.validate();
     auto loaded = model->acquire();
     std::shared_ptr<Context> context(new Context);
-    context->state_ = std::make_shared<State>();
+    context->state_ = std::make_shared<State>(*loaded);
     live_objects().contexts++;
     context->state_->thread.run(
         [state = context->state_.get(), loaded, options] {

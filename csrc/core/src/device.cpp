@@ -6,6 +6,7 @@
 #include <set>
 
 #include "backend.h"
+#include "failed_devices.h"
 #include "ggml-rpc.h"
 #include "llama.h"
 #include "llama_moe/error.h"
@@ -45,7 +46,9 @@ Device describe(ggml_backend_dev_t device) {
     result.backend = backend_name(device);
     std::size_t free = 0;
     std::size_t total = 0;
-    ggml_backend_dev_memory(device, &free, &total);
+    if (!any_failed({device})) {
+        ggml_backend_dev_memory(device, &free, &total);
+    }
     result.memory_free = free;
     result.memory_total = total;
     return result;
@@ -90,18 +93,29 @@ bool is_accelerator(ggml_backend_dev_t device) {
     return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
 }
 
+bool is_remote(ggml_backend_dev_t device) {
+    return backend_name(device) == "RPC";
+}
+
+std::vector<ggml_backend_dev_t> remote_devices() {
+    auto devices = all_devices();
+    devices.erase(std::remove_if(devices.begin(), devices.end(), [](auto* device) { return !is_remote(device) || any_failed({device}); }),
+                  devices.end());
+    return devices;
+}
+
 std::vector<ggml_backend_dev_t> default_accelerators() {
     std::vector<ggml_backend_dev_t> remote;
     std::vector<ggml_backend_dev_t> gpus;
     std::vector<ggml_backend_dev_t> integrated;
     for (auto* device : all_devices()) {
-        if (!is_accelerator(device)) {
+        if (!is_accelerator(device) || any_failed({device})) {
             continue;
         }
         if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_IGPU) {
             integrated.push_back(device);
         } else {
-            (backend_name(device) == "RPC" ? remote : gpus).push_back(device);
+            (is_remote(device) ? remote : gpus).push_back(device);
         }
     }
     if (gpus.empty()) {
@@ -121,7 +135,7 @@ ggml_backend_dev_t find_device(const std::string& name) {
         return cpu_device();
     }
     for (auto* device : all_devices()) {
-        const bool by_endpoint = backend_name(device) == "RPC" && lower(ggml_backend_dev_description(device)) == wanted;
+        const bool by_endpoint = is_remote(device) && lower(ggml_backend_dev_description(device)) == wanted;
         if (lower(ggml_backend_dev_name(device)) == wanted || by_endpoint) {
             return device;
         }
@@ -136,7 +150,7 @@ std::string known_devices() {
             continue;
         }
         names += (names.empty() ? "" : ", ") + device_name(device);
-        if (backend_name(device) == "RPC") {
+        if (is_remote(device)) {
             names += " (" + std::string(ggml_backend_dev_description(device)) + ")";
         }
     }
@@ -153,7 +167,7 @@ std::vector<Device> devices(const Poll& poll) {
                 result->push_back(describe(device));
             }
         },
-        poll);
+        poll, {}, remote_devices());
     return *result;
 }
 
@@ -171,6 +185,10 @@ std::vector<Device> add_rpc_device(const std::string& endpoint, const Poll& poll
         if (stuck) {
             throw Error("an earlier connection to an RPC worker never ended; restart the process to add devices");
         }
+    }
+    if (auto* device = find_device(endpoint); device != nullptr && any_failed({device})) {
+        throw Error("the RPC worker at " + endpoint +
+                    " failed earlier; this process cannot connect to the same address again: start the worker on another port");
     }
     // ggml would abort when nobody listens.
     check_listening(address, kConnectTimeout, poll);

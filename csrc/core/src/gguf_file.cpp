@@ -229,8 +229,8 @@ int architecture_count(const GgufInfo& info, const char* key, int most) {
 
 // llama.cpp divides by the number of heads. Models without attention have 0 of them.
 void check_heads(const GgufInfo& info) {
-    const bool has_attention =
-        std::any_of(info.tensors.begin(), info.tensors.end(), [](const TensorInfo& tensor) { return tensor.name.find(".attn_q") != std::string::npos; });
+    const auto is_attention = [](const TensorInfo& tensor) { return tensor.name.find(".attn_q") != std::string::npos; };
+    const bool has_attention = std::any_of(info.tensors.begin(), info.tensors.end(), is_attention);
     if (has_attention && info.architecture_integer("attention.head_count", 1) == 0) {
         throw ModelLoadError("'" + info.path + "' has a corrupted header: " + info.architecture +
                              ".attention.head_count is 0; it must be 1 or more");

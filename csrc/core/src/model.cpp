@@ -189,7 +189,7 @@ LoadedModel::~LoadedModel() {
     }
     // On a thread that can be given up: freeing memory on a worker that died never returns.
     try {
-        run_native([native = model] { llama_model_free(native); });
+        run_native([native = model] { llama_model_free(native); }, {}, {}, devices);
     } catch (const std::exception& error) {
         log_line(LogLevel::error, std::string("a model could not be freed: ") + error.what());
     }
@@ -245,7 +245,7 @@ std::shared_ptr<Model> Model::load(const std::string& path, const ModelOptions& 
             }
             model.loaded_ = std::move(loaded);
         },
-        report, [result] { result->control.cancelled.store(true); });
+        report, [result] { result->control.cancelled.store(true); }, chosen_accelerators(options));
     if (on_progress) {
         on_progress(1.0f);
     }

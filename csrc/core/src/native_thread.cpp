@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "failed_devices.h"
 #include "ggml.h"
 #include "llama_moe/log.h"
 
@@ -60,24 +61,39 @@ NativeScope::~NativeScope() {
     t_native_depth--;
 }
 
-AbortWatch::AbortWatch() {
+AbortWatch::AbortWatch(std::vector<ggml_backend_dev_t> devices) : devices_(std::move(devices)) {
     auto& aborts = foreign_aborts();
     std::lock_guard<std::mutex> lock(aborts.mutex);
-    seen_at_start_ = aborts.count;
+    seen_ = aborts.count;
 }
 
 bool AbortWatch::gave_up() {
+    if (any_failed(devices_)) {
+        return true;
+    }
+    std::uint64_t count = 0;
+    bool remote = false;
     {
         auto& aborts = foreign_aborts();
         std::lock_guard<std::mutex> lock(aborts.mutex);
-        if (aborts.count == seen_at_start_) {
-            return false;
-        }
+        count = aborts.count;
+        remote = is_remote_failure(aborts.message);
+    }
+    if (count == seen_) {
+        return false;
     }
     if (noticed_ == Clock::time_point{}) {
         noticed_ = Clock::now();
     }
-    return Clock::now() - noticed_ > kAbortGrace;
+    if (Clock::now() - noticed_ <= kAbortGrace) {
+        return false;
+    }
+    if (remote && !find_failed(devices_)) {  // that was another call's worker
+        seen_ = count;
+        noticed_ = {};
+        return false;
+    }
+    return true;
 }
 
 std::string AbortWatch::message() {
@@ -98,6 +114,7 @@ struct NativeThread::Shared {
     std::deque<std::shared_ptr<Job>> jobs;
     // Of the job that runs, not of who waits: a job behind it, or one whose caller left, is lost with it.
     std::optional<AbortWatch> watch;
+    std::vector<ggml_backend_dev_t> devices;
     bool stopping = false;
     bool ended = false;
     bool lost = false;
@@ -113,7 +130,7 @@ struct NativeThread::Shared {
                 return;
             }
             auto job = jobs.front();
-            watch.emplace();
+            watch.emplace(devices);
             lock.unlock();
             try {
                 job->task();
@@ -138,7 +155,8 @@ struct NativeThread::Shared {
     }
 };
 
-NativeThread::NativeThread() : shared_(std::make_shared<Shared>()) {
+NativeThread::NativeThread(std::vector<ggml_backend_dev_t> devices) : shared_(std::make_shared<Shared>()) {
+    shared_->devices = std::move(devices);
     thread_ = std::thread([shared = shared_] { shared->work(); });
 }
 
@@ -204,7 +222,8 @@ void NativeThread::run(std::function<void()> task, const Poll& poll, const std::
     }
 }
 
-void run_native(std::function<void()> task, const Poll& poll, const std::function<void()>& interrupt) {
+void run_native(std::function<void()> task, const Poll& poll, const std::function<void()>& interrupt,
+                std::vector<ggml_backend_dev_t> devices) {
     // The thread outlives an interrupted wait: its owner is whichever of the two ends last.
     struct Abandonable {
         std::mutex mutex;
@@ -213,7 +232,7 @@ void run_native(std::function<void()> task, const Poll& poll, const std::functio
         bool done = false;
     };
     auto state = std::make_shared<Abandonable>();
-    AbortWatch watch;
+    AbortWatch watch(std::move(devices));
     std::thread([state, task = std::move(task)]() mutable {
         NativeScope scope;
         std::exception_ptr error;

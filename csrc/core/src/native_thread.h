@@ -10,7 +10,9 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
+#include "ggml-backend.h"
 #include "llama_moe/error.h"
 #include "llama_moe/wait.h"
 
@@ -38,14 +40,16 @@ class NativeScope {
 // for good, and whoever waits for it would wait for ever. A watch made before a call tells when that has happened.
 class AbortWatch {
    public:
-    AbortWatch();
+    // `devices`: those that the call may use.
+    explicit AbortWatch(std::vector<ggml_backend_dev_t> devices = {});
     // True once some foreign thread was parked after this watch was made and a grace period has passed since. The
-    // grace period lets calls that had nothing to do with that thread end.
+    // grace period lets calls that had nothing to do with that thread end. True at once when one of the devices has failed.
     bool gave_up();
     static std::string message();
 
    private:
-    std::uint64_t seen_at_start_;
+    std::vector<ggml_backend_dev_t> devices_;
+    std::uint64_t seen_;
     std::chrono::steady_clock::time_point noticed_{};
 };
 
@@ -53,7 +57,7 @@ class AbortWatch {
 // and survive calls that never return.
 class NativeThread {
    public:
-    NativeThread();
+    explicit NativeThread(std::vector<ggml_backend_dev_t> devices = {});  // those that its tasks may use
     ~NativeThread();  // waits for what runs, unless that will never end
     NativeThread(const NativeThread&) = delete;
     NativeThread& operator=(const NativeThread&) = delete;
@@ -74,6 +78,7 @@ class NativeThread {
 };
 
 // Runs `task` on a thread made for it: for calls that may never return, such as those to a remote worker.
-void run_native(std::function<void()> task, const Poll& poll = {}, const std::function<void()>& interrupt = {});
+void run_native(std::function<void()> task, const Poll& poll = {}, const std::function<void()>& interrupt = {},
+                std::vector<ggml_backend_dev_t> devices = {});
 
 }  // namespace llama_moe

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "backend.h"
+#include "failed_devices.h"
 #include "llama.h"
 #include "llama_moe/device.h"
 #include "llama_moe/error.h"
@@ -310,6 +311,8 @@ std::vector<PlacementOverride> fit_overrides(const GgufInfo& gguf, const ModelOp
                           "; use a smaller context, fewer gpu_layers or a smaller reserve");
 }
 
+}  // namespace
+
 std::vector<ggml_backend_dev_t> chosen_accelerators(const ModelOptions& options) {
     if (!options.devices) {
         return default_accelerators();
@@ -323,14 +326,16 @@ std::vector<ggml_backend_dev_t> chosen_accelerators(const ModelOptions& options)
         if (!is_accelerator(device)) {
             continue;  // the CPU is always there
         }
+        if (any_failed({device})) {
+            throw PlacementError("device '" + name + "' (" + ggml_backend_dev_description(device) +
+                                 ") failed earlier; it cannot be used again in this process");
+        }
         if (std::find(chosen.begin(), chosen.end(), device) == chosen.end()) {
             chosen.push_back(device);
         }
     }
     return chosen;
 }
-
-}  // namespace
 
 void ModelOptions::validate() const {
     if (gpu_layers < -1) {
@@ -388,8 +393,9 @@ ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& op
 
 std::vector<TensorPlacement> resolve_placement(const std::string& path, const ModelOptions& options, const PlacementPolicy& policy,
                                                const Poll& poll) {
+    start_backend();
     auto tensors = std::make_shared<std::vector<TensorPlacement>>();
-    run_native([=] { *tensors = resolve_placement(read_gguf(path), options, policy).tensors; }, poll);
+    run_native([=] { *tensors = resolve_placement(read_gguf(path), options, policy).tensors; }, poll, {}, chosen_accelerators(options));
     return *tensors;
 }
 

@@ -15,7 +15,7 @@ double seconds_since(Clock::time_point begin) {
 }  // namespace
 
 EngineCore::EngineCore(std::shared_ptr<LoadedModel> model, const ContextOptions& options)
-    : model_(std::move(model)), options_(options), vocabulary_(model_->model) {}
+    : model_(std::move(model)), options_(options), vocabulary_(model_->model), devices_(model_->devices) {}
 
 EngineCore::~EngineCore() {
     close();
@@ -42,7 +42,7 @@ void EngineCore::work() {
     try {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            native_call_.emplace();
+            native_call_.emplace(devices_);
         }
         // One row of logits for each sequence: more are never asked for, and the output buffer stays small.
         context_ = std::make_unique<NativeContext>(model_, options_, options_.max_sequences, [this] { return should_abort(); });
@@ -67,7 +67,7 @@ void EngineCore::work() {
     {
         // Freeing memory on a worker that died never returns either.
         std::lock_guard<std::mutex> lock(mutex_);
-        native_call_.emplace();
+        native_call_.emplace(devices_);
     }
     context_.reset();
     model_.reset();
@@ -210,7 +210,7 @@ bool EngineCore::should_abort() const {
 int EngineCore::decode() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        native_call_.emplace();
+        native_call_.emplace(devices_);
     }
     const auto begin = Clock::now();
     const int status = llama_decode(context_->get(), batch_->get());

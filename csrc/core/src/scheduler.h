@@ -77,6 +77,7 @@ class EngineCore : public std::enable_shared_from_this<EngineCore> {
     std::shared_ptr<LoadedModel> model_;  // given back when the thread ends
     const ContextOptions options_;
     const SamplingVocabulary vocabulary_;
+    const std::vector<ggml_backend_dev_t> devices_;  // the model's
     ContextLimits limits_{};
 
     // Of the engine's thread.
