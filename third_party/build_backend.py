@@ -77,7 +77,10 @@ def carried_sources() -> Iterator[None]:
     shutil.rmtree(carried, ignore_errors=True)
     # Never LLAMA_CPP_SOURCE_DIR: a source distribution contains what the pin says.
     environ = {name: value for name, value in os.environ.items() if name != "LLAMA_CPP_SOURCE_DIR"}
-    tree = llama_cpp.fetch(llama_cpp.read_pin(), environ)
+    try:
+        tree = llama_cpp.fetch(llama_cpp.read_pin(), environ)
+    except llama_cpp.FetchError as error:
+        raise SystemExit(f"llama_moe: {error}") from None
     try:
         shutil.copytree(tree, carried)
         yield

@@ -178,12 +178,14 @@ def download(pin: Pin, scratch: Path) -> Path:
         (["--no-build-isolation"], {"PYTHONPATH": search_path}),
         ([], {}),  # plain pip, should a later release of the package or of pip not be content with the stand-in
     )
+    # Inside a build of ours the environment names our backend, and pip would look for the archive's in that place.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("_PYPROJECT_HOOKS_", "PEP517_"))}
     output = ""
     with pip_command(scratch) as pip:
         for extra, environ in attempts:
             command = [*pip, *arguments, *extra]
             result = subprocess.run(
-                command, env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+                command, env={**inherited, **environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
             )
             archive = scratch / pin.archive
             if result.returncode == 0 and archive.is_file():

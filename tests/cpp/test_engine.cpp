@@ -443,7 +443,7 @@ TEST_CASE("cancel stops a long prompt in its middle, and the engine goes on") {
 
 TEST_CASE("a poll that throws leaves the wait and nothing else") {
     const auto engine = make_slow_engine();
-    const auto generation = engine->submit(prompt_of(1'800), greedy(2));
+    const auto generation = engine->submit(prompt_of(2'500), greedy(2));
     CHECK_THROWS(Interrupt, generation->next([] { throw Interrupt(); }));
     CHECK_EQ(read(*generation).tokens.size(), 2u);
 }

@@ -52,7 +52,7 @@ struct Interrupt : std::runtime_error {
 // A file that takes long to load: a large vocabulary, and hardly any weights.
 std::string slow_model_file() {
     test::TinyModelOptions options;
-    options.more_tokens = 150'000;
+    options.more_tokens = 250'000;
     options.tied_output = true;
     return test::tiny_model_file(options);
 }

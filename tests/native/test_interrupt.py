@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -46,6 +47,16 @@ def ctrl_c(*, after: float) -> Iterator[None]:
     assert time.perf_counter() - pressed[0] < SOON
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_over(model: Model, demo_model: Model, accelerator: Device) -> Iterator[None]:
+    gc.collect()
+    before = _core.live_objects()
+    yield
+    gc.collect()
+    # The thread of a load that was stopped notices at its next step.
+    assert eventually(lambda: _core.live_objects() == before)
+
+
 class Stop(Exception):  # noqa: N818 not an error
     """Raised by a callback of the tests."""
 
@@ -61,12 +72,9 @@ def test_ctrl_c_stops_a_load(demo_path: Path, accelerator: Device) -> None:
         if len(shares) == 3:
             press_ctrl_c()  # Python handles it as soon as the callback is done, or within it
 
-    before = _core.live_objects()
     with pytest.raises(KeyboardInterrupt):
         Model(demo_path, experts="gpu", devices=accelerator, on_progress=on_progress)
     assert 0 < shares[-1] < 1
-    # The thread that loads notices at its next step.
-    assert eventually(lambda: _core.live_objects() == before)
 
 
 def test_ctrl_c_stops_a_load_without_a_callback(demo_path: Path) -> None:
@@ -84,12 +92,10 @@ def test_an_exception_of_the_progress_callback_stops_the_load_and_propagates(cal
         if len(shares) == call:
             raise Stop(share)
 
-    before = _core.live_objects()
     with pytest.raises(Stop) as caught:
         Model(demo_path, experts="gpu", devices=accelerator, on_progress=on_progress)
     assert caught.value.args == (shares[-1],)
     assert len(shares) == call
-    assert eventually(lambda: _core.live_objects() == before)
 
 
 def test_progress_goes_from_nothing_to_all(demo_path: Path, accelerator: Device) -> None:
