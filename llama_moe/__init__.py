@@ -19,6 +19,8 @@ from .model import Model
 from .placement import ExpertPlacement, Placement, TensorPlacement
 from .results import Completion, Timings, Token
 from .sampling import SamplingParams
+from .scoring import Score
+from .speculative import Speculative
 from .stream import TokenStream
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "ModelInfo",
     "Placement",
     "SamplingParams",
+    "Score",
+    "Speculative",
     "TensorInfo",
     "TensorPlacement",
     "Timings",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from . import _core
 from .errors import InvalidOptionError
 
 if TYPE_CHECKING:
@@ -39,30 +38,6 @@ def fill(options: OptionsT, values: Mapping[str, object]) -> OptionsT:
     return options
 
 
-def context_options(
-    *,
-    context_size: int,
-    max_sequences: int,
-    batch_size: int,
-    micro_batch_size: int,
-    threads: int | None,
-    threads_batch: int | None,
-    kv_type: str,
-    flash_attention: str,
-    offload_kv: bool,
-) -> _core.ContextOptions:
-    """The native options that an engine and a context have in common."""
-    return fill(
-        _core.ContextOptions(),
-        {
-            "context_size": context_size,
-            "max_sequences": max_sequences,
-            "batch_size": batch_size,
-            "micro_batch_size": micro_batch_size,
-            "threads": 0 if threads is None else threads,
-            "threads_batch": 0 if threads_batch is None else threads_batch,
-            "kv_type": kv_type,
-            "flash_attention": flash_attention,
-            "offload_kv": offload_kv,
-        },
-    )
+def fill_context(options: OptionsT, **values: object) -> OptionsT:
+    """Fills the native options of a context or an engine; None stands for 0 there, the core's word for its own choice."""
+    return fill(options, {name: 0 if value is None else value for name, value in values.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import _core, _logging
-from ._options import context_options
+from ._options import fill_context
 from .memory import MemoryReport
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class Context:
         self._model = model
         self._native = _core.Context(
             model._native,
-            context_options(
+            fill_context(
+                _core.ContextOptions(),
                 context_size=context_size,
                 max_sequences=max_sequences,
                 batch_size=batch_size,

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+import numpy as np
+
 from . import _core, _logging
-from ._options import context_options
+from ._files import write_whole
+from ._options import fill_context
 from .errors import InvalidOptionError
 from .inspection import inspect
 from .memory import MemoryReport
 from .model import Model
 from .sampling import SamplingParams
+from .scoring import Score, perplexity
+from .speculative import Speculative, speculation_options
 from .stream import TokenStream
-from .tokens import as_prompts
+from .tokens import as_prompts, token_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
     from typing import Literal
 
+    import numpy.typing as npt
     from typing_extensions import Self
 
     from .model import DevicesLike, HostMemory, StrPath
     from .placement import PlacementLike
     from .results import Completion
+    from .scoring import Pooling
     from .tokens import Prompt
 
 
@@ -37,7 +45,10 @@ class Engine:
     Args:
         model: an open model; it stays usable by others.
         context_size: tokens for each request, prompt and completion together; 0: what the model was trained for.
+        context_pool: tokens of KV cache that all requests share; None: `context_size` for each of `max_sequences`. When a pool is full, the
+            newest request goes back to the queue and is continued later.
         max_sequences: requests that are computed at once; more wait.
+        max_queue: requests that may wait; more are refused with `QueueFullError`.
         batch_size: most tokens in one call of llama.cpp.
         micro_batch_size: most tokens computed at once; more is quicker at prompts and takes more compute memory.
         threads: CPU threads for single tokens; None: one for each physical core this process may use.
@@ -45,9 +56,10 @@ class Engine:
         kv_type: number format of the KV cache: "f32", "f16", "bf16", "q8_0", "q4_0" and others of ggml's.
         flash_attention: "auto", "on" or "off".
         offload_kv: keep the KV cache of a layer on the accelerator that has the layer.
+        speculative: draft tokens and verify them together; None: off.
 
     Raises:
-        InvalidOptionError: an option is outside its range.
+        InvalidOptionError: an option is outside its range, or the draft model has another vocabulary.
         ClosedError: the model was closed.
         LlamaMoeError: memory ran out.
     """
@@ -57,7 +69,9 @@ class Engine:
         model: Model,
         *,
         context_size: int = 4096,
+        context_pool: int | None = None,
         max_sequences: int = 1,
+        max_queue: int = 1024,
         batch_size: int = 2048,
         micro_batch_size: int = 512,
         threads: int | None = None,
@@ -65,15 +79,19 @@ class Engine:
         kv_type: str = "f16",
         flash_attention: Literal["auto", "on", "off"] = "auto",
         offload_kv: bool = True,
+        speculative: Speculative | None = None,
     ) -> None:
         _logging.sync_level()
         self._model = model
         self._owns_model = False
         self._native = _core.Engine(
             model._native,
-            context_options(
+            fill_context(
+                _core.EngineOptions(),
                 context_size=context_size,
+                context_pool=context_pool,
                 max_sequences=max_sequences,
+                max_queue=max_queue,
                 batch_size=batch_size,
                 micro_batch_size=micro_batch_size,
                 threads=threads,
@@ -81,7 +99,9 @@ class Engine:
                 kv_type=kv_type,
                 flash_attention=flash_attention,
                 offload_kv=offload_kv,
+                **speculation_options(speculative),
             ),
+            *([] if speculative is None or speculative.draft_model is None else [speculative.draft_model._native]),
         )
 
     @property
@@ -110,6 +130,7 @@ class Engine:
         Raises:
             ContextFullError: a prompt is longer than the context.
             DecodeError: the computation failed.
+            QueueFullError: too many requests wait already. Of several prompts, those after the first wait for room.
             ClosedError: the engine was closed.
             InvalidOptionError: `params` has another length than `prompts`, or a token id is outside the vocabulary.
         """
@@ -140,6 +161,7 @@ class Engine:
 
         Raises:
             ContextFullError: a prompt is longer than the context.
+            QueueFullError: too many requests wait already. Of several prompts, those after the first wait for room.
             ClosedError: the engine was closed.
             InvalidOptionError: `params` has another length than `prompts`, or a token id is outside the vocabulary.
         """
@@ -156,20 +178,140 @@ class Engine:
         streams: list[TokenStream] = []
         try:
             for prompt, sampling in zip(each, options, strict=True):
-                streams.append(TokenStream(self._native.submit(prompt, sampling), self))
+                # Of several, the first that finds the queue full is an error; later ones wait for the room that earlier ones make.
+                streams.append(TokenStream(self._native.submit(prompt, sampling, wait=bool(streams)), self))
         except BaseException:
             for stream in streams:
                 stream.cancel()
             raise
         return streams, single
 
+    @overload
+    def embed(self, prompts: Prompt, *, pooling: Pooling = "mean", normalize: bool = True) -> npt.NDArray[np.float32]: ...
+    @overload
+    def embed(
+        self, prompts: Sequence[Prompt], *, pooling: Pooling = "mean", normalize: bool = True
+    ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]: ...
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "mean", normalize: bool = True
+    ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
+        """The embeddings of one text, or of several together: the model's last hidden states after its final norm.
+
+        Args:
+            prompts: a prompt, or a sequence of prompts.
+            pooling: what becomes of the states of a prompt's tokens: "mean" of all, the "last", the first ("cls"), or "none": all of them.
+            normalize: scale each vector to length 1.
+
+        Returns:
+            float32 of shape [embedding_length]; [prompts, embedding_length] for several prompts. Without pooling [tokens,
+            embedding_length], and a list of those for several prompts.
+
+        Raises:
+            The same as `generate()`.
+        """
+        rows, single = self._values(prompts, lambda prompt, wait: self._native.submit_embed(prompt, pooling, normalize, wait))
+        width = self._native.embedding_size
+        if pooling == "none":
+            each = [row.reshape(-1, width) for row in rows]
+            return each[0] if single else each
+        return rows[0] if single else np.stack(rows) if rows else np.empty((0, width), np.float32)
+
+    @overload
+    def score(self, prompts: Prompt) -> Score: ...  # type: ignore[overload-overlap]
+    @overload
+    def score(self, prompts: Sequence[Prompt]) -> list[Score]: ...
+    def score(self, prompts: Prompt | Sequence[Prompt]) -> Score | list[Score]:
+        """How likely the model finds a text, or each of several: the log-probability of every token given those before it.
+
+        Args:
+            prompts: a prompt, or a sequence of prompts, each of two tokens or more and at most `context_size`.
+
+        Raises:
+            InvalidOptionError: a prompt has one token only.
+            The same as `generate()`.
+        """
+        each, single = as_prompts(prompts)
+        tokens = [self._tokens_of(prompt) for prompt in each]
+        rows, _ = self._values(tokens, self._native.submit_score)
+        scores = [Score(tuple(prompt), row) for prompt, row in zip(tokens, rows, strict=True)]
+        return scores[0] if single else scores
+
+    def perplexity(self, text: Prompt, *, stride: int | None = None) -> float:
+        """The perplexity of a text of any length: e to the power of its tokens' mean negative log-probability.
+
+        A text longer than the context is cut into windows of `context_size` tokens that begin `stride` tokens after each other, and of each
+        window only the tokens that no earlier one had are counted, so that all but the first have some context.
+
+        Args:
+            text: a prompt of two tokens or more.
+            stride: tokens, from 1 to `context_size` - 1; None: half of `context_size`.
+
+        Raises:
+            InvalidOptionError: the text has one token only, or `stride` is out of range.
+            The same as `score()`.
+        """
+        return perplexity(self.score, self._tokens_of(text), window=self.context_size, stride=stride)
+
+    def save_prefix(self, prompt: Prompt, path: StrPath) -> int:
+        """Computes a prompt and writes its KV cache to a file, for `load_prefix()`, also in another process.
+
+        The file is complete or not there at all. Returns the prompt's length in tokens.
+
+        Raises:
+            OSError: the file cannot be written.
+            The same as `generate()`.
+        """
+        tokens = self._tokens_of(prompt)
+        write_whole(path, self._native.save_prefix(tokens))
+        return len(tokens)
+
+    def load_prefix(self, path: StrPath) -> int:
+        """Reads what `save_prefix()` wrote and keeps it in host memory: prompts that begin like it are computed from where it ends.
+
+        Returns its length in tokens.
+
+        Raises:
+            InvalidOptionError: it is of another model, `max_sequences` or `kv_type`, or damaged.
+            OSError: the file cannot be read.
+        """
+        return self._native.load_prefix(Path(path).read_bytes())
+
+    def clear_prefixes(self) -> None:
+        """Forgets what `load_prefix()` loaded."""
+        self._native.clear_prefixes()
+
+    def _tokens_of(self, prompt: Prompt) -> list[int]:
+        return self._model.tokenize(prompt, parse_special=True) if isinstance(prompt, str) else token_ids(prompt)
+
+    def _values(
+        self, prompts: Prompt | Sequence[Prompt], submit: Callable[[list[int], bool], _core.Generation]
+    ) -> tuple[list[npt.NDArray[np.float32]], bool]:
+        """What each prompt's request computed, and whether there was one prompt, not a sequence of them."""
+        _logging.sync_level()
+        each, single = as_prompts(prompts)
+        requests: list[_core.Generation] = []
+        try:
+            for prompt in each:
+                requests.append(submit(self._tokens_of(prompt), bool(requests)))
+            return [request.take_values() for request in requests], single
+        except BaseException:
+            for request in requests:
+                request.cancel()
+            raise
+
     def memory(self) -> MemoryReport:
         """Bytes by device and role: the model's weights, the KV cache and the compute buffers."""
         return MemoryReport.of(self._native.memory())
 
     def stats(self) -> dict[str, int | float]:
-        """Counts since the engine was made: requests, tokens, calls of llama.cpp, and seconds spent in them."""
-        return self._native.stats()
+        """Counts since the engine was made: requests, tokens, calls of llama.cpp, and seconds spent in them.
+
+        `prompt_tokens` were computed, `cached_tokens` were not: an earlier request or a saved prefix had them. With speculative decoding,
+        `draft_acceptance_rate` is the share of drafted tokens that the model accepted, 0 to 1.
+        """
+        stats: dict[str, int | float] = self._native.stats()
+        stats["draft_acceptance_rate"] = stats["draft_tokens_accepted"] / max(stats["draft_tokens"], 1)
+        return stats
 
     @property
     def context_size(self) -> int:
@@ -249,7 +391,9 @@ def load(
     *,
     experts: PlacementLike = "fit",
     context_size: int = 4096,
+    context_pool: int | None = None,
     max_sequences: int = 1,
+    max_queue: int = 1024,
     batch_size: int = 2048,
     micro_batch_size: int = 512,
     threads: int | None = None,
@@ -257,6 +401,7 @@ def load(
     kv_type: str = "f16",
     flash_attention: Literal["auto", "on", "off"] = "auto",
     offload_kv: bool = True,
+    speculative: Speculative | None = None,
     devices: DevicesLike | None = None,
     gpu_layers: int | Literal["all"] = "all",
     host_memory: HostMemory = "mmap",
@@ -273,9 +418,12 @@ def load(
             print(llm.generate("Hello", SamplingParams(max_tokens=16)))
     """
     # What is wrong with the engine's options is said before the load, which may take minutes.
-    context_options(
+    fill_context(
+        _core.EngineOptions(),
         context_size=context_size,
+        context_pool=context_pool,
         max_sequences=max_sequences,
+        max_queue=max_queue,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         threads=threads,
@@ -283,6 +431,7 @@ def load(
         kv_type=kv_type,
         flash_attention=flash_attention,
         offload_kv=offload_kv,
+        **speculation_options(speculative),
     ).validate()
     model = Model(
         path,
@@ -292,14 +441,16 @@ def load(
         host_memory=host_memory,
         repack=repack,
         check_tensors=check_tensors,
-        fit_context_tokens=(context_size or _trained_context(path)) * max_sequences,
+        fit_context_tokens=context_pool or (context_size or _trained_context(path)) * max_sequences,
         on_progress=on_progress,
     )
     try:
         engine = Engine(
             model,
             context_size=context_size,
+            context_pool=context_pool,
             max_sequences=max_sequences,
+            max_queue=max_queue,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
             threads=threads,
@@ -307,6 +458,7 @@ def load(
             kv_type=kv_type,
             flash_attention=flash_attention,
             offload_kv=offload_kv,
+            speculative=speculative,
         )
     except BaseException:
         model.close()

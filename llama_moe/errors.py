@@ -16,6 +16,7 @@ __all__ = [
     "LlamaMoeError",
     "ModelLoadError",
     "PlacementError",
+    "QueueFullError",
 ]
 
 
@@ -41,6 +42,10 @@ class ContextFullError(LlamaMoeError):
 
 class DecodeError(LlamaMoeError):
     """Computing a batch failed."""
+
+
+class QueueFullError(LlamaMoeError):
+    """Too many requests wait already; try again when some have ended."""
 
 
 class ClosedError(LlamaMoeError):

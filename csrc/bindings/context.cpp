@@ -56,7 +56,6 @@ void bind_context(py::module_& m) {
         .def_readwrite("kv_type", &ContextOptions::kv_type)
         .def_readwrite("flash_attention", &ContextOptions::flash_attention)
         .def_readwrite("offload_kv", &ContextOptions::offload_kv)
-        .def_readwrite("embeddings", &ContextOptions::embeddings)
         .def("validate", &ContextOptions::validate);
 
     py::class_<ContextHandle>(m, "Context")

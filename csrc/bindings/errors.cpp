@@ -27,6 +27,8 @@ void bind_errors(py::module_& /*m*/) {
             raise(kErrors, "ContextFullError", e.what());
         } catch (const DecodeError& e) {
             raise(kErrors, "DecodeError", e.what());
+        } catch (const QueueFullError& e) {
+            raise(kErrors, "QueueFullError", e.what());
         } catch (const ClosedError& e) {
             raise(kErrors, "ClosedError", e.what());
         } catch (const CancelledError& e) {

@@ -213,7 +213,8 @@ def test_an_engine_counts_its_work(model: Model) -> None:
         stats = engine.stats()
     assert stats["requests_submitted"] == stats["requests_finished"] == len(PROMPTS)
     assert stats["requests_running"] == stats["requests_waiting"] == 0
-    assert stats["prompt_tokens"] == sum(completion.prompt_tokens for completion in completions)
+    assert stats["prompt_tokens"] == sum(completion.prompt_tokens - completion.cached_tokens for completion in completions)
+    assert stats["cached_tokens"] == sum(completion.cached_tokens for completion in completions)
     assert stats["generated_tokens"] == sum(len(completion.tokens) for completion in completions)
     assert stats["decode_seconds"] > 0
 

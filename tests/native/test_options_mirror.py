@@ -6,7 +6,8 @@ import dataclasses
 import inspect
 
 import llama_moe
-from llama_moe import Context, Engine, Model, SamplingParams, _core
+from llama_moe import Context, Engine, Model, SamplingParams, Speculative, _core
+from llama_moe.speculative import speculation_options
 
 
 def native_defaults(options: object) -> dict[str, object]:
@@ -36,13 +37,21 @@ def test_sampling() -> None:
 
 
 def test_context_and_engine() -> None:
-    native = native_defaults(_core.ContextOptions())
-    for cls in (Context, Engine):
+    speculation = {"draft_tokens", "draft_ngram", "draft_min_probability"}
+    for cls, options, beside in ((Context, _core.ContextOptions(), set()), (Engine, _core.EngineOptions(), speculation)):
+        native = native_defaults(options)
         ours = keyword_defaults(cls)
-        assert set(ours) == set(native) - {"embeddings"}  # not yet offered by either
+        assert set(ours) - {"speculative"} == set(native) - beside
         for name, value in ours.items():
             # None is 0 in the core: "as many as there are", "as the other".
-            assert same(0 if value is None else value, native[name]), name
+            assert name == "speculative" or same(0 if value is None else value, native[name]), name
+
+
+def test_speculation() -> None:
+    native = native_defaults(_core.EngineOptions())
+    for name, value in speculation_options(None).items():
+        assert same(value, native[name]), name
+    assert set(speculation_options(Speculative.lookup())) <= set(native)
 
 
 def test_model() -> None:

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <map>
 
 #include "llama_moe/error.h"
@@ -10,36 +9,9 @@
 #include "llama_moe/log.h"
 #include "native_context.h"
 #include "native_thread.h"
+#include "saved_state.h"
 
 namespace llama_moe {
-namespace {
-
-// A saved state starts with this, so that one of another model or a damaged one is refused before llama.cpp reads it.
-struct StateHeader {
-    char magic[8] = {'L', 'M', 'O', 'E', 'S', 'T', 'A', 'T'};
-    std::uint32_t version = 1;
-    std::int32_t whole_context = 0;
-    std::uint64_t model_fingerprint = 0;
-    std::uint64_t payload_bytes = 0;
-    std::uint64_t payload_checksum = 0;
-};
-
-std::uint64_t checksum(const char* data, std::size_t size) {
-    std::uint64_t hash = 1469598103934665603ull;  // FNV-1a over 8-byte words, 64 bits
-    std::size_t i = 0;
-    for (; i + 8 <= size; i += 8) {
-        std::uint64_t word = 0;
-        std::memcpy(&word, data + i, 8);
-        hash = (hash ^ word) * 1099511628211ull;
-    }
-    for (; i < size; i++) {
-        hash = (hash ^ static_cast<unsigned char>(data[i])) * 1099511628211ull;
-    }
-    return hash;
-}
-
-}  // namespace
-
 struct Context::State : std::enable_shared_from_this<Context::State> {
     explicit State(const LoadedModel& model) : thread(model.devices) {}
 
@@ -206,7 +178,7 @@ std::shared_ptr<Context> Context::create(const std::shared_ptr<Model>& model, co
     live_objects().contexts++;
     context->state_->thread.run(
         [state = context->state_.get(), loaded, options] {
-            state->context = std::make_unique<NativeContext>(loaded, options, 0, [state] { return state->interrupted(); });
+            state->context = std::make_unique<NativeContext>(loaded, options, NativeContextUse{}, [state] { return state->interrupted(); });
             state->batch = std::make_unique<Batch>(state->context->limits().batch_size);
         },
         poll);
@@ -327,20 +299,15 @@ std::string Context::save_state(int sequence, const Poll& poll) {
         [saved, sequence](State& state) {
             auto* native = state.context->get();
             const std::size_t size = sequence < 0 ? llama_state_get_size(native) : llama_state_seq_get_size(native, sequence);
-            saved->resize(sizeof(StateHeader) + size);
-            auto* payload = reinterpret_cast<std::uint8_t*>(saved->data() + sizeof(StateHeader));
+            saved->resize(kStateHeaderBytes + size);
+            auto* payload = reinterpret_cast<std::uint8_t*>(saved->data() + kStateHeaderBytes);
             const std::size_t written =
                 sequence < 0 ? llama_state_get_data(native, payload, size) : llama_state_seq_get_data(native, payload, size, sequence);
             if (written == 0 && size > 0) {
                 throw DecodeError("llama.cpp could not save the state of sequence " + std::to_string(sequence));
             }
-            saved->resize(sizeof(StateHeader) + written);
-            StateHeader header;
-            header.whole_context = sequence < 0 ? 1 : 0;
-            header.model_fingerprint = state.context->model().fingerprint;
-            header.payload_bytes = written;
-            header.payload_checksum = checksum(saved->data() + sizeof(StateHeader), written);
-            std::memcpy(saved->data(), &header, sizeof(header));
+            saved->resize(kStateHeaderBytes + written);
+            write_state_header(*saved, sequence < 0 ? StateKind::context : StateKind::sequence, state.context->model().fingerprint);
         },
         poll);
     return std::move(*saved);
@@ -348,32 +315,14 @@ std::string Context::save_state(int sequence, const Poll& poll) {
 
 void Context::load_state(const std::string& data, int sequence, const Poll& poll) {
     check_sequence(sequence, true);
-    StateHeader header;
-    const StateHeader expected;
-    if (data.size() < sizeof(header)) {
-        throw InvalidOptionError("the saved state has " + std::to_string(data.size()) + " bytes; that is less than its header");
-    }
-    std::memcpy(&header, data.data(), sizeof(header));
-    if (std::memcmp(header.magic, expected.magic, sizeof(header.magic)) != 0 || header.version != expected.version) {
-        throw InvalidOptionError("this is not a saved state of this version of llama_moe");
-    }
-    const std::size_t size = data.size() - sizeof(header);
-    if (header.payload_bytes != size || header.payload_checksum != checksum(data.data() + sizeof(header), size)) {
-        throw InvalidOptionError("the saved state is truncated or damaged");
-    }
-    if ((header.whole_context != 0) != (sequence < 0)) {
-        throw InvalidOptionError(header.whole_context != 0 ? "the saved state is of a whole context; load it with sequence_id=None"
-                                                           : "the saved state is of one sequence; name the sequence to load it into");
-    }
+    unpack_state(data, sequence < 0 ? StateKind::context : StateKind::sequence);
     auto copy = std::make_shared<std::string>(data);
     run(
-        [copy, header, sequence](State& state) {
-            if (header.model_fingerprint != state.context->model().fingerprint) {
-                throw InvalidOptionError("the saved state is of another model");
-            }
+        [copy, sequence](State& state) {
+            check_state_model(*copy, state.context->model().fingerprint);
             auto* native = state.context->get();
-            const auto* payload = reinterpret_cast<const std::uint8_t*>(copy->data() + sizeof(StateHeader));
-            const std::size_t bytes = copy->size() - sizeof(StateHeader);
+            const auto* payload = reinterpret_cast<const std::uint8_t*>(copy->data() + kStateHeaderBytes);
+            const std::size_t bytes = copy->size() - kStateHeaderBytes;
             ErrorLog errors;
             const std::size_t read =
                 sequence < 0 ? llama_state_set_data(native, payload, bytes) : llama_state_seq_set_data(native, payload, bytes, sequence);

@@ -36,11 +36,12 @@ llama_flash_attn_type flash_attention(const std::string& name) {
                            : LLAMA_FLASH_ATTN_TYPE_AUTO;
 }
 
-llama_context_params native_params(const LoadedModel& model, const ContextOptions& options, int max_outputs) {
+llama_context_params native_params(const LoadedModel& model, const ContextOptions& options, const NativeContextUse& use) {
     llama_context_params params = llama_context_default_params();
     const int trained = llama_model_n_ctx_train(model.model);
     const auto size = static_cast<std::uint64_t>(options.context_size > 0 ? options.context_size : trained);
-    const std::uint64_t total = GGML_PAD(size, 256) * static_cast<std::uint64_t>(options.max_sequences);
+    const std::uint64_t total = use.context_pool > 0 ? GGML_PAD(static_cast<std::uint64_t>(use.context_pool), 256)
+                                                     : GGML_PAD(size, 256) * static_cast<std::uint64_t>(options.max_sequences);
     if (total > INT32_MAX) {
         throw InvalidOptionError("context_size " + std::to_string(size) + " times max_sequences " + std::to_string(options.max_sequences) +
                                  " is more than llama.cpp can index (2147483647)");
@@ -49,13 +50,15 @@ llama_context_params native_params(const LoadedModel& model, const ContextOption
     params.n_seq_max = static_cast<std::uint32_t>(options.max_sequences);
     params.n_batch = static_cast<std::uint32_t>(options.batch_size);
     params.n_ubatch = static_cast<std::uint32_t>(std::min(options.micro_batch_size, options.batch_size));
-    params.n_outputs_max = static_cast<std::uint32_t>(max_outputs);
+    params.n_outputs_max = static_cast<std::uint32_t>(use.max_outputs);
+    params.kv_unified = use.context_pool > 0;
+    // Pooling is ours: llama.cpp's would keep the embeddings of single tokens from us.
+    params.pooling_type = LLAMA_POOLING_TYPE_NONE;
     params.n_threads = options.threads > 0 ? options.threads : usable_cores();
     params.n_threads_batch = options.threads_batch > 0 ? options.threads_batch : params.n_threads;
     params.type_k = params.type_v = parse_kv_type(options.kv_type);
     params.flash_attn_type = flash_attention(options.flash_attention);
     params.offload_kqv = options.offload_kv;
-    params.embeddings = options.embeddings;
     params.no_perf = true;
     return params;
 }
@@ -96,14 +99,14 @@ void ContextOptions::validate() const {
     }
 }
 
-NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOptions& options, int max_outputs,
+NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOptions& options, const NativeContextUse& use,
                              std::function<bool()> should_abort)
     : model_(std::move(model)), should_abort_(std::move(should_abort)) {
     options.validate();
     if (llama_model_has_encoder(model_->model)) {
         throw InvalidOptionError("this is an encoder-decoder model; only decoder models can generate here");
     }
-    auto params = native_params(*model_, options, max_outputs);
+    auto params = native_params(*model_, options, use);
     check_kv_cache(*model_, options, params);
     params.abort_callback_data = this;
     params.abort_callback = [](void* data) { return static_cast<NativeContext*>(data)->should_abort_(); };
@@ -123,6 +126,9 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
         throw InvalidOptionError(what);
     }
     limits_.context_size = static_cast<int>(llama_n_ctx_seq(context_));
+    if (use.context_pool > 0 && options.context_size > 0) {
+        limits_.context_size = std::min(limits_.context_size, options.context_size);
+    }
     limits_.max_sequences = static_cast<int>(llama_n_seq_max(context_));
     limits_.batch_size = static_cast<int>(llama_n_batch(context_));
     limits_.micro_batch_size = static_cast<int>(llama_n_ubatch(context_));

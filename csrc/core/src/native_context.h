@@ -12,12 +12,18 @@
 
 namespace llama_moe {
 
+// What an engine's context has besides its options.
+struct NativeContextUse {
+    int max_outputs = 0;   // rows of logits of one call at the most, which bounds a buffer; 0: batch_size
+    int context_pool = 0;  // tokens that all sequences share; 0: a buffer of context_size for each
+};
+
 // Owns a llama_context and keeps its model. Made, used and destroyed inside a NativeScope.
 class NativeContext {
    public:
     // `should_abort` is asked between the operations of a graph on the CPU; true stops the decode.
-    // `max_outputs` bounds the rows of logits of one call and with them a buffer; 0: batch_size.
-    NativeContext(std::shared_ptr<LoadedModel> model, const ContextOptions& options, int max_outputs, std::function<bool()> should_abort);
+    NativeContext(std::shared_ptr<LoadedModel> model, const ContextOptions& options, const NativeContextUse& use,
+                  std::function<bool()> should_abort);
     ~NativeContext();
     NativeContext(const NativeContext&) = delete;
     NativeContext& operator=(const NativeContext&) = delete;

@@ -11,25 +11,28 @@ double seconds_between(Clock::time_point begin, Clock::time_point end) {
 
 }  // namespace
 
-Request::Request(std::vector<std::int32_t> prompt_tokens, const SamplingOptions& options, const SamplingVocabulary& vocabulary, int context_size)
-    : prompt(std::move(prompt_tokens)),
+Request::Request(RequestKind request_kind, std::vector<std::int32_t> prompt, const SamplingOptions& options, const SamplingVocabulary& vocabulary,
+                 int context_size)
+    : kind(request_kind),
+      prompt_size(prompt.size()),
       max_tokens(options.max_tokens),
       logprobs(options.logprobs),
       sampler(options, vocabulary, context_size),
-      assembler(options.stop) {
-    sampler.accept_prompt(prompt);
+      assembler(options.stop),
+      tokens(std::move(prompt)) {
+    sampler.accept_prompt(tokens);
 }
 
-void Request::deliver(std::vector<GeneratedToken> tokens) {
-    if (tokens.empty()) {
+void Request::deliver(std::vector<GeneratedToken> pieces) {
+    if (pieces.empty()) {
         return;
     }
     std::lock_guard<std::mutex> lock(mutex);
     if (finished) {
         return;
     }
-    for (auto& token : tokens) {
-        ready.push_back(std::move(token));
+    for (auto& piece : pieces) {
+        ready.push_back(std::move(piece));
     }
     changed.notify_all();
 }
@@ -38,7 +41,8 @@ void Request::record_timings() {
     const auto now = Clock::now();
     const Clock::time_point begin = started;
     const Clock::time_point first = first_token;
-    result.prompt_tokens = static_cast<int>(prompt.size());
+    result.prompt_tokens = static_cast<int>(prompt_size);
+    result.cached_tokens = cached_tokens;
     result.completion_tokens = generated;
     result.queue_seconds = seconds_between(submitted, begin == Clock::time_point{} ? now : begin);
     result.prompt_seconds = seconds_between(begin, first == Clock::time_point{} ? now : first);

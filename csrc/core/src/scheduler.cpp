@@ -8,150 +8,67 @@
 namespace llama_moe {
 namespace {
 
+using Tokens = std::vector<std::int32_t>;
+
+// A gap of so many sequences in a batch is filled; see bridge().
+constexpr std::size_t kLongestBridge = 2;
+// Sampling so many logits in all is worth waking other threads for.
+constexpr int kParallelLogits = 1 << 16;
+
 double seconds_since(Clock::time_point begin) {
     return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
+std::size_t common_prefix(const Tokens& a, const Tokens& b) {
+    const auto size = static_cast<Tokens::difference_type>(std::min(a.size(), b.size()));
+    return static_cast<std::size_t>(std::mismatch(a.begin(), a.begin() + size, b.begin()).first - a.begin());
+}
+
+// How many of a request's tokens have to be in the cache: a score needs no logits after the last one.
+std::size_t wanted(const Request& request) {
+    return request.kind == RequestKind::score ? request.tokens.size() - 1 : request.tokens.size();
+}
+
+bool can_reuse(const Request& request) {
+    return request.kind == RequestKind::generate || request.kind == RequestKind::save;
+}
+
 }  // namespace
 
-EngineCore::EngineCore(std::shared_ptr<LoadedModel> model, const ContextOptions& options)
-    : model_(std::move(model)), options_(options), vocabulary_(model_->model), devices_(model_->devices) {}
+Scheduler::Scheduler(Decoder& decoder, const SamplingVocabulary& vocabulary, WorkerPool& pool)
+    : decoder_(decoder), vocabulary_(vocabulary), pool_(pool), limits_(decoder.limits()), slots_(static_cast<std::size_t>(limits_.max_sequences)) {}
 
-EngineCore::~EngineCore() {
-    close();
+bool Scheduler::accepts() const {
+    return !paused_ && std::any_of(slots_.begin(), slots_.end(), [](const auto& slot) { return !slot.request; });
 }
 
-void EngineCore::start(const Poll& poll) {
-    // The thread keeps this object: should it be lost in a call that never returns, all it uses stays allocated.
-    thread_ = std::thread([self = shared_from_this()] { self->work(); });
-    const auto check = [&] {
-        check_lost();
-        if (poll) {
-            poll();
-        }
-    };
-    std::unique_lock<std::mutex> lock(mutex_);
-    wait_with_poll(changed_, lock, check, [&] { return started_ || failure_; });
-    if (failure_) {
-        std::rethrow_exception(failure_);
-    }
+bool Scheduler::active() const {
+    return std::any_of(slots_.begin(), slots_.end(), [](const auto& slot) { return slot.request != nullptr; });
 }
 
-void EngineCore::work() {
-    const NativeScope scope;
-    try {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            native_call_.emplace(devices_);
-        }
-        // One row of logits for each sequence: more are never asked for, and the output buffer stays small.
-        context_ = std::make_unique<NativeContext>(model_, options_, options_.max_sequences, [this] { return should_abort(); });
-        batch_ = std::make_unique<Batch>(context_->limits().batch_size);
-        slots_.resize(static_cast<std::size_t>(options_.max_sequences));
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            native_call_.reset();
-            limits_ = context_->limits();
-            started_ = true;
-        }
-        changed_.notify_all();
-        serve();
-    } catch (const NativeAbort& abort) {
-        if (context_) {
-            context_->abandon();
-        }
-        fail_all(std::make_exception_ptr(DecodeError(std::string("the engine is lost: ") + abort.what())));
-    } catch (...) {
-        fail_all(std::current_exception());
-    }
-    {
-        // Freeing memory on a worker that died never returns either.
-        std::lock_guard<std::mutex> lock(mutex_);
-        native_call_.emplace(devices_);
-    }
-    context_.reset();
-    model_.reset();
-    std::lock_guard<std::mutex> lock(mutex_);
-    ended_ = true;
-    native_call_.reset();
-    changed_.notify_all();
-}
-
-void EngineCore::serve() {
-    while (wait_for_work()) {
-        run_tasks();
-        release_cancelled();
-        admit();
-        fill_batch();
-        if (batch_->size() == 0) {
-            continue;
-        }
-        const int status = decode();
-        if (failed()) {
-            return;  // it took so long that everybody was told it would never return
-        }
-        if (status == 0) {
-            sample();
-        } else {
-            decode_failed(status);
-        }
-    }
-    fail_all(std::make_exception_ptr(ClosedError("the engine is closed")));
-}
-
-bool EngineCore::wait_for_work() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return stopping_ || !waiting_.empty() || !tasks_.empty() || active(); });
-    return !stopping_;
-}
-
-void EngineCore::run_tasks() {
-    for (;;) {
-        std::shared_ptr<Task> task;
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            if (tasks_.empty()) {
-                return;
-            }
-            task = tasks_.front();
-            tasks_.pop_front();
-        }
-        try {
-            task->work(*context_);
-        } catch (const NativeAbort&) {
-            throw;
-        } catch (...) {
-            task->error = std::current_exception();
-        }
-        std::lock_guard<std::mutex> lock(mutex_);
-        task->done = true;
-        changed_.notify_all();
-    }
-}
-
-void EngineCore::admit() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (std::size_t i = 0; i < slots_.size(); i++) {
-        while (!slots_[i].request && !waiting_.empty()) {
-            auto request = std::move(waiting_.front());
-            waiting_.pop_front();
-            if (request->cancelled) {
-                continue;
-            }
-            request->started = Clock::now();
-            slots_[i].request = std::move(request);
-        }
-    }
-    running_.clear();
+std::vector<std::shared_ptr<Request>> Scheduler::running() const {
+    std::vector<std::shared_ptr<Request>> requests;
     for (const auto& slot : slots_) {
         if (slot.request) {
-            running_.push_back(slot.request);
+            requests.push_back(slot.request);
         }
     }
-    stats_.requests_running = running_.size();
+    return requests;
 }
 
-void EngineCore::release_cancelled() {
+void Scheduler::admit(std::shared_ptr<Request> request) {
+    auto& slot = slots_[choose_slot(request->tokens)];
+    if (request->started.load() == Clock::time_point{}) {
+        request->started = Clock::now();
+    }
+    request->order = ++admissions_;
+    slot.request = std::move(request);
+    slot.prepared = false;
+    slot.last_prompt = 0;
+    stats_.requests_running++;
+}
+
+void Scheduler::release_ended() {
     for (std::size_t i = 0; i < slots_.size(); i++) {
         if (slots_[i].request && slots_[i].request->cancelled) {
             end(i, "cancelled");
@@ -159,343 +76,488 @@ void EngineCore::release_cancelled() {
     }
 }
 
-// First the newest token of every running request, then prompts in turn. While others generate, prompts get one
-// micro-batch a step, so that a long one does not hold them up for longer.
-void EngineCore::fill_batch() {
-    batch_->clear();
-    in_batch_.clear();
+bool Scheduler::should_abort() const {
+    return !in_batch_.empty() && std::all_of(in_batch_.begin(), in_batch_.end(), [](const auto* request) { return request->cancelled.load(); });
+}
+
+// --- which sequence, and what it already holds ------------------------------------------------------------------
+
+// The idle sequence that already holds most of the tokens, if that is most of what it holds, else the one that was idle
+// longest: another conversation with the same beginning is left alone, and its beginning is copied.
+std::size_t Scheduler::choose_slot(const Tokens& tokens) const {
+    std::size_t oldest = slots_.size();
+    std::size_t best = slots_.size();
+    std::size_t longest = 0;
     for (std::size_t i = 0; i < slots_.size(); i++) {
-        auto& slot = slots_[i];
-        slot.output_index = -1;
-        if (slot.request && !slot.request->in_prompt()) {
-            slot.output_index = batch_->size();
-            batch_->add(slot.request->last_token, slot.request->position, static_cast<int>(i), true);
-            in_batch_.push_back(slot.request);
-        }
-    }
-    const int generating = batch_->size();
-    int room = limits_.batch_size - generating;
-    if (generating > 0) {
-        room = std::min(room, limits_.micro_batch_size);
-    }
-    for (std::size_t n = 0; n < slots_.size() && room > 0; n++) {
-        const std::size_t i = (next_prompt_slot_ + n) % slots_.size();
-        auto& slot = slots_[i];
-        if (!slot.request || !slot.request->in_prompt()) {
+        const auto& slot = slots_[i];
+        if (slot.request) {
             continue;
         }
-        Request& request = *slot.request;
-        const std::size_t count = std::min(request.prompt.size() - request.prompt_done, static_cast<std::size_t>(room));
-        for (std::size_t k = 0; k < count; k++) {
-            const bool last = request.prompt_done + k + 1 == request.prompt.size();
-            if (last) {
-                slot.output_index = batch_->size();
-            }
-            batch_->add(request.prompt[request.prompt_done + k], request.position + static_cast<int>(k), static_cast<int>(i), last);
+        if (oldest == slots_.size() || std::make_pair(!slot.cached.empty(), slot.last_used) <
+                                           std::make_pair(!slots_[oldest].cached.empty(), slots_[oldest].last_used)) {
+            oldest = i;
         }
-        in_batch_.push_back(slot.request);
-        room -= static_cast<int>(count);
+        const std::size_t length = reusable(slot, tokens);
+        if (length > longest && 2 * length >= slot.cached.size()) {
+            longest = length;
+            best = i;
+        }
     }
-    batch_->add_output_to_wait_for();
-    next_prompt_slot_ = (next_prompt_slot_ + 1) % slots_.size();
+    return best < slots_.size() ? best : oldest;
 }
 
-bool EngineCore::should_abort() const {
-    if (stopping_) {
-        return true;
-    }
-    return !in_batch_.empty() && std::all_of(in_batch_.begin(), in_batch_.end(), [](const auto& request) { return request->cancelled.load(); });
+// How many of the tokens a sequence holds. One is left to compute, since only that gives logits.
+std::size_t Scheduler::reusable(const Slot& slot, const Tokens& tokens) const {
+    const std::size_t length = std::min(common_prefix(slot.cached, tokens), tokens.size() - 1);
+    return decoder_.can_truncate() || length == slot.cached.size() ? length : 0;
 }
 
-int EngineCore::decode() {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        native_call_.emplace(devices_);
-    }
-    const auto begin = Clock::now();
-    const int status = llama_decode(context_->get(), batch_->get());
-    if (status == 0) {
-        llama_synchronize(context_->get());
-    }
-    std::lock_guard<std::mutex> lock(mutex_);
-    native_call_.reset();
-    stats_.decode_seconds += seconds_since(begin);
-    stats_.decode_calls++;
-    return status;
-}
-
-// The requests of a failed batch end, their sequences are emptied, and the engine goes on.
-void EngineCore::decode_failed(int status) {
-    const auto error = std::make_exception_ptr(
-        DecodeError("llama.cpp could not decode a batch of " + std::to_string(batch_->size()) + " tokens (status " + std::to_string(status) + ")"));
+// The longest beginning of this request's tokens that another one is about to compute.
+std::size_t Scheduler::being_computed(std::size_t index) const {
+    const auto& request = *slots_[index].request;
+    std::size_t longest = 0;
     for (std::size_t i = 0; i < slots_.size(); i++) {
-        auto& request = slots_[i].request;
-        if (!request || std::find(in_batch_.begin(), in_batch_.end(), request) == in_batch_.end()) {
+        const auto& other = slots_[i];
+        if (i == index || !other.request || !other.prepared || !decoder_.can_truncate()) {
             continue;
         }
-        const bool aborted = status == 2 && (request->cancelled || stopping_);
-        if (!aborted) {
-            request->fail(error);
+        const std::size_t length = std::min(common_prefix(other.request->tokens, request.tokens), request.tokens.size() - 1);
+        if (length > other.cached.size()) {
+            longest = std::max(longest, length);
         }
-        end(i, "cancelled");
     }
+    return longest;
 }
 
-void EngineCore::sample() {
-    const auto begin = Clock::now();
-    std::uint64_t prompt_tokens = 0;
-    for (std::size_t i = 0; i < slots_.size(); i++) {
-        auto& slot = slots_[i];
-        if (!slot.request) {
-            continue;
-        }
-        Request& request = *slot.request;
-        const bool was_prompt = request.in_prompt();
-        int added = 0;
-        for (int k = 0; k < batch_->size(); k++) {
-            added += batch_->get().seq_id[k][0] == static_cast<int>(i) ? 1 : 0;
-        }
-        request.position += added;
-        if (was_prompt) {
-            request.prompt_done += static_cast<std::size_t>(added);
-            prompt_tokens += static_cast<std::uint64_t>(added);
+std::size_t Scheduler::find_saved(const Tokens& tokens, std::size_t& length) const {
+    std::size_t found = saved_prefixes_.size();
+    for (std::size_t i = 0; i < saved_prefixes_.size(); i++) {
+        const auto& saved = saved_prefixes_[i].tokens;
+        const std::size_t common = std::min(common_prefix(saved, tokens), tokens.size() - 1);
+        if (common > length && (decoder_.can_truncate() || common == saved.size())) {
+            length = common;
+            found = i;
         }
     }
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        stats_.prompt_tokens += prompt_tokens;
-    }
-    for (std::size_t i = 0; i < slots_.size(); i++) {
-        if (slots_[i].request && slots_[i].output_index >= 0) {
-            sample_slot(i);
-        }
-    }
-    std::lock_guard<std::mutex> lock(mutex_);
-    stats_.sample_seconds += seconds_since(begin);
+    return found;
 }
 
-void EngineCore::sample_slot(std::size_t index) {
+// Looks for the longest beginning of a request's tokens that need not be computed, and gets it into its sequence. Leaves the
+// request unprepared while another one computes a longer one.
+void Scheduler::prepare(std::size_t index) {
     auto& slot = slots_[index];
     Request& request = *slot.request;
-    const float* logits = llama_get_logits_ith(context_->get(), slot.output_index);
-    try {
-        if (logits == nullptr) {
-            throw DecodeError("llama.cpp gave no logits");
+    if (!can_reuse(request)) {
+        truncate(index, 0);
+        slot.prepared = true;
+        return;
+    }
+    // A copy between sequences with buffers of their own moves the whole buffer: computing a few tokens is quicker.
+    const std::size_t worth = decoder_.shares_cells() ? 1 : std::max<std::size_t>(16, static_cast<std::size_t>(limits_.context_size) / 256);
+    const std::size_t own = reusable(slot, request.tokens);
+    std::size_t length = own;
+    std::size_t source = index;
+    for (std::size_t i = 0; i < slots_.size(); i++) {
+        const std::size_t other = i == index ? 0 : reusable(slots_[i], request.tokens);
+        if (other > length && other >= own + worth) {
+            length = other;
+            source = i;
         }
-        const std::int32_t token = request.sampler.sample(logits);
-        if (request.generated == 0) {
-            request.first_token = Clock::now();
+    }
+    if (const std::size_t soon = being_computed(index); soon > length && soon >= own + worth) {
+        return;
+    }
+    std::size_t saved_length = length + worth - 1;
+    const std::size_t saved = find_saved(request.tokens, saved_length);
+    if (saved < saved_prefixes_.size()) {
+        const auto& prefix = saved_prefixes_[saved];
+        if (decoder_.restore(static_cast<int>(index), prefix.tokens, prefix.state)) {
+            slot.cached = prefix.tokens;
+            length = saved_length;
+        } else {
+            log_line(LogLevel::warning, "a saved prefix could not be restored and is not used any more");
+            saved_prefixes_.erase(saved_prefixes_.begin() + static_cast<std::ptrdiff_t>(saved));
+            slot.cached.clear();
+            length = 0;
         }
-        if (llama_vocab_is_eog(vocabulary_.vocab, token)) {
-            request.deliver(with_logprobs(request, request.assembler.finish()));
-            end(index, "stop");
-            return;
-        }
-        if (request.logprobs) {
-            request.sampled_logprobs.emplace_back(static_cast<std::size_t>(request.generated),
-                                                  log_probabilities(logits, vocabulary_.size, token, *request.logprobs));
-        }
-        request.generated++;
-        request.last_token = token;
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stats_.generated_tokens++;
-        }
-        request.deliver(with_logprobs(request, request.assembler.push(token, token_text(token))));
-        if (request.assembler.stopped()) {
-            end(index, "stop");
-        } else if ((request.max_tokens && request.generated >= *request.max_tokens) || request.position >= limits_.context_size) {
-            request.deliver(with_logprobs(request, request.assembler.finish()));
-            end(index, request.assembler.stopped() ? "stop" : "length");
-        }
-    } catch (const NativeAbort&) {
-        throw;
-    } catch (...) {
-        request.fail(std::current_exception());
-        end(index, "cancelled");
+    } else if (source != index) {
+        decoder_.copy(static_cast<int>(source), static_cast<int>(index));
+        slot.cached = slots_[source].cached;
+    }
+    truncate(index, length);
+    slot.prepared = true;
+    if (request.generated == 0) {
+        request.cached_tokens = static_cast<int>(slot.cached.size());
+        stats_.cached_tokens += slot.cached.size();
     }
 }
 
-std::vector<GeneratedToken> EngineCore::with_logprobs(Request& request, std::vector<TextPiece> pieces) const {
-    std::vector<GeneratedToken> tokens;
-    for (auto& piece : pieces) {
-        GeneratedToken token{piece.token, std::move(piece.text), std::nullopt, {}};
-        auto& logprobs = request.sampled_logprobs;
-        while (!logprobs.empty() && logprobs.front().first < piece.index) {
-            logprobs.pop_front();
+void Scheduler::add_saved_prefix(SavedPrefix prefix) {
+    for (auto& saved : saved_prefixes_) {
+        if (saved.tokens == prefix.tokens) {
+            saved = std::move(prefix);
+            return;
         }
-        if (!logprobs.empty() && logprobs.front().first == piece.index) {
-            token.logprob = logprobs.front().second.logprob;
-            for (const auto& [id, logprob] : logprobs.front().second.top) {
-                Utf8Assembler utf8;
-                std::string text = utf8.push(token_text(id));
-                text += utf8.finish();
-                token.top.push_back({id, std::move(text), logprob});
-            }
+    }
+    saved_prefixes_.push_back(std::move(prefix));
+}
+
+void Scheduler::truncate(std::size_t index, std::size_t length) {
+    auto& cached = slots_[index].cached;
+    if (length >= cached.size()) {
+        return;
+    }
+    cached.resize(decoder_.truncate(static_cast<int>(index), static_cast<int>(length)) ? length : 0);
+}
+
+// --- one batch ----------------------------------------------------------------------------------------------------
+
+void Scheduler::step() {
+    steps_++;
+    for (std::size_t i = 0; i < slots_.size(); i++) {
+        slots_[i].draft.clear();
+        if (slots_[i].request && !slots_[i].prepared) {
+            prepare(i);
         }
-        tokens.push_back(std::move(token));
+    }
+    make_drafts();
+    for (;;) {
+        fill_batch();
+        if (batch_.empty()) {
+            return;
+        }
+        const DecodeStatus status = decode();
+        if (status == DecodeStatus::done) {
+            take_results();
+        } else if (status != DecodeStatus::full) {
+            batch_failed(status);
+        } else if (make_room()) {
+            continue;
+        } else {
+            batch_failed(status);
+        }
+        return;
+    }
+}
+
+void Scheduler::make_drafts() {
+    if (decoder_.max_draft() == 0) {
+        return;
+    }
+    std::vector<Draft> drafts;
+    for (std::size_t i = 0; i < slots_.size(); i++) {
+        auto& slot = slots_[i];
+        if (!slot.request || !slot.prepared || slot.request->kind != RequestKind::generate || slot.request->generated == 0 ||
+            wanted(*slot.request) != slot.cached.size() + 1) {
+            continue;
+        }
+        const Request& request = *slot.request;
+        int most = std::min(decoder_.max_draft(), limits_.context_size - static_cast<int>(slot.cached.size()) - 1);
+        if (request.max_tokens) {
+            most = std::min(most, *request.max_tokens - request.generated - 1);
+        }
+        if (most > 0) {
+            drafts.push_back({static_cast<int>(i), &slot.cached, request.tokens.back(), most, &slot.draft});
+        }
+    }
+    if (!drafts.empty()) {
+        decoder_.draft(drafts);
+    }
+}
+
+// First what generates, then prompts in turn, as many tokens as one micro-batch takes: a long prompt holds nobody up for
+// longer, and a new one waits for no more than that. Embeddings need batches of their own, in turn with the others.
+void Scheduler::fill_batch() {
+    batch_.clear();
+    in_batch_.clear();
+    for (auto& slot : slots_) {
+        slot.count = 0;
+    }
+    const auto has = [&](bool embeddings) {
+        return std::any_of(slots_.begin(), slots_.end(),
+                           [&](const auto& slot) { return slot.request && slot.prepared && (slot.request->kind == RequestKind::embed) == embeddings; });
+    };
+    embedding_batch_ = has(true) && (!embedding_batch_ || !has(false));
+    if (embedding_batch_) {
+        plan_prompts(std::min(limits_.micro_batch_size, decoder_.max_outputs()));
+    } else {
+        const int generating = plan_generation();
+        plan_prompts(std::min(std::max(1, limits_.micro_batch_size - generating), limits_.batch_size - generating));
+    }
+    std::size_t spare = static_cast<std::size_t>(limits_.batch_size);
+    for (const auto& slot : slots_) {
+        spare -= static_cast<std::size_t>(slot.count) + slot.draft.size();
+    }
+    std::size_t before = slots_.size();
+    for (std::size_t i = 0; i < slots_.size(); i++) {
+        if (slots_[i].count > 0) {
+            spare -= before + 1 < i ? bridge(before + 1, i, spare) : 0;
+            add_to_batch(i);
+            before = i;
+        }
+    }
+}
+
+// Returns how many tokens that makes.
+int Scheduler::plan_generation() {
+    int tokens = 0;
+    for (auto& slot : slots_) {
+        if (slot.request && slot.prepared && slot.request->kind == RequestKind::generate && wanted(*slot.request) == slot.cached.size() + 1) {
+            slot.count = 1;
+            tokens++;
+        }
+    }
+    for (auto& slot : slots_) {
+        if (slot.count > 0) {
+            slot.draft.resize(std::min(slot.draft.size(), static_cast<std::size_t>(std::max(0, limits_.batch_size - tokens))));
+            tokens += static_cast<int>(slot.draft.size());
+        }
     }
     return tokens;
 }
 
-std::string EngineCore::token_text(std::int32_t token) const {
-    char buffer[64];
-    const auto size = llama_token_to_piece(vocabulary_.vocab, token, buffer, sizeof(buffer), 0, false);
-    if (size >= 0) {
-        return {buffer, static_cast<std::size_t>(size)};
+void Scheduler::plan_prompts(int room) {
+    std::vector<Slot*> prompts;
+    for (auto& slot : slots_) {
+        if (slot.request && slot.prepared && slot.count == 0 && (slot.request->kind == RequestKind::embed) == embedding_batch_) {
+            prompts.push_back(&slot);
+        }
     }
-    std::string text(static_cast<std::size_t>(-size), '\0');
-    llama_token_to_piece(vocabulary_.vocab, token, text.data(), -size, 0, false);
-    return text;
+    std::sort(prompts.begin(), prompts.end(), [](const Slot* a, const Slot* b) {
+        return std::make_pair(a->last_prompt, a->request->order) < std::make_pair(b->last_prompt, b->request->order);
+    });
+    int rows = decoder_.max_outputs() - limits_.max_sequences * (1 + decoder_.max_draft());  // what scores may take
+    for (auto* slot : prompts) {
+        int count = static_cast<int>(std::min(wanted(*slot->request) - slot->cached.size(), static_cast<std::size_t>(std::max(0, room))));
+        if (slot->request->kind == RequestKind::score) {
+            count = std::min(count, rows);
+            rows -= count;
+        }
+        if (count > 0) {
+            slot->count = count;
+            slot->last_prompt = steps_;
+            room -= count;
+        }
+    }
 }
 
-void EngineCore::end(std::size_t index, const std::string& reason) {
+void Scheduler::add_to_batch(std::size_t index) {
     auto& slot = slots_[index];
-    llama_memory_seq_rm(context_->memory(), static_cast<llama_seq_id>(index), -1, -1);
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        stats_.requests_finished++;
-        stats_.requests_running--;
+    const Request& request = *slot.request;
+    slot.first = static_cast<int>(batch_.size());
+    const auto sequence = static_cast<int>(index);
+    std::size_t at = slot.cached.size();
+    for (int k = 0; k < slot.count; k++, at++) {
+        const bool output = request.kind == RequestKind::score || (request.kind == RequestKind::generate && at + 1 == request.tokens.size());
+        batch_.push_back({request.tokens[at], static_cast<int>(at), sequence, output});
     }
-    slot.request->finish(reason);  // last: who reads the result finds the engine's figures up to date
-    slot.request.reset();
-    slot.output_index = -1;
+    for (const auto token : slot.draft) {
+        batch_.push_back({token, static_cast<int>(at++), sequence, true});
+    }
+    in_batch_.push_back(&request);
 }
 
-void EngineCore::fail_all(const std::exception_ptr& error) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!failure_) {
-        failure_ = error;
+// llama.cpp computes sequences with buffers of their own together only when their numbers follow each other without a gap: a
+// gap costs another pass over the weights. A token that is thrown away afterwards closes it for less. Returns how many it took.
+std::size_t Scheduler::bridge(std::size_t begin, std::size_t end, std::size_t spare) {
+    const std::size_t gap = end - begin;
+    const auto full = [&](const Slot& slot) { return static_cast<int>(slot.cached.size()) >= limits_.context_size; };
+    const auto first = slots_.begin() + static_cast<std::ptrdiff_t>(begin);
+    if (gap > std::min(kLongestBridge, spare) || embedding_batch_ || decoder_.shares_cells() || !decoder_.can_truncate() ||
+        std::any_of(first, first + static_cast<std::ptrdiff_t>(gap), full)) {
+        return 0;
     }
-    stats_.requests_finished += stats_.requests_running + waiting_.size();
-    stats_.requests_running = 0;
-    // What close() ends was asked for: those generations are cancelled, not failed.
-    const auto finish = [&](Request& request) { stopping_ ? request.finish("cancelled") : request.fail(error); };
-    for (const auto& request : running_) {
-        finish(*request);
+    for (std::size_t i = begin; i < end; i++) {
+        const auto& cached = slots_[i].cached;
+        batch_.push_back({cached.empty() ? 0 : cached.back(), static_cast<int>(cached.size()), static_cast<int>(i), false});
     }
-    for (const auto& request : waiting_) {
-        finish(*request);
-    }
-    waiting_.clear();
-    running_.clear();
-    for (const auto& task : tasks_) {
-        task->error = error;
-        task->done = true;
-    }
-    tasks_.clear();
-    changed_.notify_all();
+    return gap;
 }
 
-void EngineCore::check_open() const {
-    if (closed_) {
-        throw ClosedError("the engine is closed");
-    }
-    if (failure_) {
-        std::rethrow_exception(failure_);
-    }
-}
-
-void EngineCore::submit(const std::shared_ptr<Request>& request) {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        check_open();
-        waiting_.push_back(request);
-        stats_.requests_submitted++;
-    }
-    changed_.notify_all();
-}
-
-void EngineCore::cancel(Request& request) {
-    request.cancelled = true;
-    request.finish("cancelled");
-    {
-        // One that still waits needs nothing of the engine's thread.
-        std::lock_guard<std::mutex> lock(mutex_);
-        const auto found = std::find_if(waiting_.begin(), waiting_.end(), [&](const auto& other) { return other.get() == &request; });
-        if (found != waiting_.end()) {
-            waiting_.erase(found);
-            stats_.requests_finished++;
+DecodeStatus Scheduler::decode() {
+    const auto begin = Clock::now();
+    const DecodeStatus status = decoder_.decode(batch_, embedding_batch_);
+    stats_.decode_seconds += seconds_since(begin);
+    stats_.decode_calls++;
+    for (const auto& token : batch_) {  // bridges
+        const auto& slot = slots_[static_cast<std::size_t>(token.sequence)];
+        if (slot.count == 0) {
+            decoder_.truncate(token.sequence, static_cast<int>(slot.cached.size()));
         }
     }
-    changed_.notify_all();
+    return status;
 }
 
-void EngineCore::run(std::function<void(NativeContext&)> work, const Poll& poll) {
-    auto task = std::make_shared<Task>();
-    task->work = std::move(work);
-    std::unique_lock<std::mutex> lock(mutex_);
-    check_open();
-    tasks_.push_back(task);
-    changed_.notify_all();
-    const auto check = [&] {
-        check_lost();
-        if (poll) {
-            poll();
-        }
-    };
-    wait_with_poll(changed_, lock, check, [&] { return task->done; });
-    if (task->error) {
-        std::rethrow_exception(task->error);
+// A shared pool is full: first what idle sequences keep has to go, then the request that was admitted last, which goes on later.
+// Who is alone has come to the end of its context. Returns whether the batch is worth another try.
+bool Scheduler::make_room() {
+    if (!decoder_.shares_cells()) {
+        return false;
     }
-}
-
-void EngineCore::check_lost() {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (!native_call_ || !native_call_->gave_up() || failure_) {
-            return;
+    std::size_t oldest = slots_.size();
+    std::size_t youngest = slots_.size();
+    int active = 0;
+    for (std::size_t i = 0; i < slots_.size(); i++) {
+        const auto& slot = slots_[i];
+        if (!slot.request && !slot.cached.empty() && (oldest == slots_.size() || slot.last_used < slots_[oldest].last_used)) {
+            oldest = i;
         }
-    }
-    fail_all(std::make_exception_ptr(DecodeError("a device failed and the engine is lost: " + AbortWatch::message())));
-}
-
-void EngineCore::close() {
-    std::lock_guard<std::mutex> close_lock(close_mutex_);
-    bool lost = false;
-    {
-        std::unique_lock<std::mutex> lock(mutex_);
-        closed_ = true;
-        stopping_ = true;
-        changed_.notify_all();
-        if (!thread_.joinable()) {
-            return;
-        }
-        while (!changed_.wait_for(lock, kPollInterval, [&] { return ended_; })) {
-            if (native_call_ && native_call_->gave_up()) {
-                lost = true;
-                break;
+        if (slot.request) {
+            active++;
+            if (youngest == slots_.size() || slot.request->order > slots_[youngest].request->order) {
+                youngest = i;
             }
         }
     }
-    if (lost) {
-        fail_all(std::make_exception_ptr(DecodeError("a device failed: " + AbortWatch::message())));
-        thread_.detach();
-        log_line(LogLevel::error, "an engine could not be freed: its device failed");
-    } else {
-        thread_.join();
+    if (oldest < slots_.size()) {
+        truncate(oldest, 0);
+        return true;
+    }
+    auto& slot = slots_[youngest];
+    if (active > 1) {
+        truncate(youngest, 0);
+        slot.request->values.clear();
+        preempted_.push_back(std::move(slot.request));
+        slot.request.reset();
+        slot.draft.clear();
+        stats_.requests_preempted++;
+        stats_.requests_running--;
+        paused_ = true;
+        return true;
+    }
+    if (slot.request->generated == 0) {
+        return false;
+    }
+    deliver_held(*slot.request, vocabulary_);
+    end(youngest, "length");
+    return true;
+}
+
+// Of an aborted batch those go on that somebody still waits for: what was computed of it is computed again. The others of a failed
+// batch end with the error.
+void Scheduler::batch_failed(DecodeStatus status) {
+    const auto error = std::make_exception_ptr(
+        status == DecodeStatus::full
+            ? static_cast<const Error&>(ContextFullError("the KV cache has no room for a batch of " + std::to_string(batch_.size()) + " tokens"))
+            : DecodeError("llama.cpp could not decode a batch of " + std::to_string(batch_.size()) + " tokens"));
+    for (std::size_t i = 0; i < slots_.size(); i++) {
+        auto& slot = slots_[i];
+        if (slot.count == 0) {
+            continue;
+        }
+        const std::size_t known = status == DecodeStatus::aborted ? slot.cached.size() : 0;
+        slot.cached.resize(decoder_.truncate(static_cast<int>(i), static_cast<int>(known)) ? known : 0);
+        if (slot.request->cancelled) {
+            end(i, "cancelled");
+        } else if (status != DecodeStatus::aborted) {
+            end(i, "", error);
+        }
     }
 }
 
-bool EngineCore::closed() const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return closed_;
+// --- what comes of it ---------------------------------------------------------------------------------------------
+
+void Scheduler::take_results() {
+    const auto begin = Clock::now();
+    struct Job {
+        std::size_t slot;
+        std::vector<const float*> rows;
+        std::size_t cached_before;
+        Advance advance;
+    };
+    std::vector<Job> jobs;
+    std::size_t rows = 0;
+    for (std::size_t i = 0; i < slots_.size(); i++) {
+        auto& slot = slots_[i];
+        if (slot.count == 0) {
+            continue;
+        }
+        const std::size_t before = slot.cached.size();
+        const int size = slot.count + static_cast<int>(slot.draft.size());
+        Job job{i, {}, before, {}};
+        for (int k = slot.first; k < slot.first + size; k++) {
+            const auto& token = batch_[static_cast<std::size_t>(k)];
+            slot.cached.push_back(token.token);
+            if (token.output && !embedding_batch_) {
+                job.rows.push_back(decoder_.logits(k));
+            }
+        }
+        slot.last_used = steps_;
+        stats_.prompt_tokens += slot.request->generated == 0 ? static_cast<std::uint64_t>(slot.count) : 0;
+        if (embedding_batch_) {
+            take_embeddings(i);
+        } else if (!job.rows.empty()) {
+            rows += job.rows.size();
+            jobs.push_back(std::move(job));
+        } else if (slot.request->kind == RequestKind::save && slot.cached.size() == slot.request->tokens.size()) {
+            slot.request->state = decoder_.save(static_cast<int>(i));
+            end(i, "stop");
+        }
+    }
+    const auto work = [&](int item) {
+        auto& job = jobs[static_cast<std::size_t>(item)];
+        auto& slot = slots_[job.slot];
+        job.advance = slot.request->kind == RequestKind::score
+                          ? score(*slot.request, vocabulary_, job.rows, job.cached_before + 1)
+                          : generate(*slot.request, vocabulary_, job.rows, slot.draft,
+                                     limits_.context_size - static_cast<int>(slot.cached.size() - slot.draft.size()));
+    };
+    if (static_cast<std::int64_t>(rows) * vocabulary_.size < kParallelLogits) {
+        for (std::size_t item = 0; item < jobs.size(); item++) {
+            work(static_cast<int>(item));
+        }
+    } else {
+        pool_.run(static_cast<int>(jobs.size()), work);
+    }
+    for (const auto& job : jobs) {
+        take_advance(job.slot, job.advance, job.cached_before);
+    }
+    stats_.sample_seconds += seconds_since(begin);
 }
 
-bool EngineCore::failed() const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return failure_ != nullptr;
+void Scheduler::take_advance(std::size_t index, const Advance& advance, std::size_t cached_before) {
+    auto& slot = slots_[index];
+    stats_.generated_tokens += static_cast<std::uint64_t>(advance.tokens);
+    if (!slot.draft.empty()) {
+        truncate(index, cached_before + static_cast<std::size_t>(slot.count + advance.accepted));
+        decoder_.accepted(static_cast<int>(index), advance.accepted);
+        stats_.draft_tokens += slot.draft.size();
+        stats_.draft_tokens_accepted += static_cast<std::uint64_t>(advance.accepted);
+    }
+    if (advance.error) {
+        end(index, "", advance.error);
+    } else if (!advance.end.empty()) {
+        end(index, advance.end);
+    } else if (slot.request->kind == RequestKind::score && slot.cached.size() == wanted(*slot.request)) {
+        end(index, "stop");
+    }
 }
 
-bool EngineCore::active() const {
-    return std::any_of(slots_.begin(), slots_.end(), [](const auto& slot) { return slot.request != nullptr; });
+void Scheduler::take_embeddings(std::size_t index) {
+    auto& slot = slots_[index];
+    Request& request = *slot.request;
+    const std::size_t before = slot.cached.size() - static_cast<std::size_t>(slot.count);
+    for (int k = 0; k < slot.count; k++) {
+        const float* row = decoder_.embedding(slot.first + k);
+        if (row == nullptr) {
+            end(index, "", std::make_exception_ptr(DecodeError("llama.cpp gave no embedding; the model may not offer them")));
+            return;
+        }
+        embed(request, row, decoder_.embedding_size(), before + static_cast<std::size_t>(k));
+    }
+    if (slot.cached.size() == request.tokens.size()) {
+        end(index, "stop");
+    }
 }
 
-EngineStats EngineCore::stats() const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    EngineStats stats = stats_;
-    stats.requests_waiting = waiting_.size();
-    return stats;
+void Scheduler::end(std::size_t index, const std::string& reason, std::exception_ptr error) {
+    auto& slot = slots_[index];
+    ended_.push_back({std::move(slot.request), reason, std::move(error)});
+    slot.request.reset();
+    slot.draft.clear();
+    paused_ = false;
+    stats_.requests_finished++;
+    stats_.requests_running--;
 }
 
 }  // namespace llama_moe

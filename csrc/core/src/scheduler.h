@@ -1,107 +1,114 @@
 #pragma once
 
-#include <condition_variable>
-#include <deque>
-#include <functional>
+#include <cstdint>
+#include <exception>
 #include <memory>
-#include <mutex>
-#include <optional>
 #include <string>
-#include <thread>
+#include <utility>
 #include <vector>
 
-#include "llama_moe/engine.h"
-#include "native_context.h"
-#include "native_thread.h"
+#include "advance.h"
+#include "decoder.h"
 #include "request.h"
+#include "worker_pool.h"
 
 namespace llama_moe {
 
-// The engine's thread and what it works on: admit -> batch -> decode -> sample -> deliver. Lives until both the Engine
-// and every Generation are gone; the thread itself ends with close().
+// A sequence's tokens with its KV cache, kept in host memory.
+struct SavedPrefix {
+    std::vector<std::int32_t> tokens;
+    std::string state;
+};
+
+// Puts many requests into the batches of one decoder: which sequence holds what, what is computed next, and what comes of
+// it. Of one thread, but for should_abort().
 //
-// Locks: `mutex_` guards the queue and the flags. A request's own mutex may be taken while it is held, never the other
-// way round. Neither is held during a call into llama.cpp.
-class EngineCore : public std::enable_shared_from_this<EngineCore> {
+// A request is a list of tokens, and a sequence's cache holds the first of them; the rest is pending, be it a prompt, the
+// newest token, or everything because the cache was lost. So prompts, generation, reuse of a prefix and starting again after
+// a failure are one thing.
+class Scheduler {
    public:
-    EngineCore(std::shared_ptr<LoadedModel> model, const ContextOptions& options);
-    ~EngineCore();
+    Scheduler(Decoder& decoder, const SamplingVocabulary& vocabulary, WorkerPool& pool);
 
-    // Starts the thread and waits until its context is there.
-    void start(const Poll& poll);
-    void submit(const std::shared_ptr<Request>& request);
-    // Frees the request's slot at the next step, or at once in the middle of a prompt on the CPU.
-    void cancel(Request& request);
-    // Runs `task` on the engine's thread between two steps.
-    void run(std::function<void(NativeContext&)> task, const Poll& poll);
-    // Called by whoever waits: fails all requests when the thread is in a call that can never return.
-    void check_lost();
-    void close();
-    bool closed() const;
+    // Whether a request can be admitted now.
+    bool accepts() const;
+    void admit(std::shared_ptr<Request> request);
+    bool active() const;
+    std::vector<std::shared_ptr<Request>> running() const;
 
-    EngineStats stats() const;
-    const ContextLimits& limits() const { return limits_; }
-    const SamplingVocabulary& vocabulary() const { return vocabulary_; }
+    // Ends the requests whose consumer left.
+    void release_ended();
+    // Computes one batch.
+    void step();
+
+    struct Ended {
+        std::shared_ptr<Request> request;
+        std::string reason;
+        std::exception_ptr error;
+    };
+    // The requests that ended since the last call. The caller tells them, when the engine's figures are up to date.
+    std::vector<Ended> take_ended() { return std::exchange(ended_, {}); }
+    // Requests that had to leave for lack of room in a shared pool; they go on where they were when they are admitted again.
+    std::vector<std::shared_ptr<Request>> take_preempted() { return std::exchange(preempted_, {}); }
+
+    // Replaces one of the same tokens.
+    void add_saved_prefix(SavedPrefix prefix);
+    void clear_saved_prefixes() { saved_prefixes_.clear(); }
+
+    // Whether nobody waits for the batch that is being computed any more. Called by compute threads while step() runs.
+    bool should_abort() const;
+
+    const EngineStats& stats() const { return stats_; }
 
    private:
     struct Slot {
-        std::shared_ptr<Request> request;
-        int output_index = -1;  // this step's row of logits
-    };
-    struct Task {
-        std::function<void(NativeContext&)> work;
-        std::exception_ptr error;
-        bool done = false;
+        std::shared_ptr<Request> request;  // none: idle
+        std::vector<std::int32_t> cached;  // what the decoder's sequence holds; stays when the request ends
+        std::uint64_t last_used = 0;       // step
+        std::uint64_t last_prompt = 0;     // step in which its prompt had a turn
+        bool prepared = false;             // its prefix was looked for
+        std::vector<std::int32_t> draft;   // for this step
+        int first = 0;                     // this step's batch: index of its first token,
+        int count = 0;                     // and how many of the request's there are
     };
 
-    void work();
-    void serve();
-    bool wait_for_work();
-    void run_tasks();
-    void admit();
-    void release_cancelled();
+    std::size_t choose_slot(const std::vector<std::int32_t>& tokens) const;
+    void prepare(std::size_t index);
+    std::size_t reusable(const Slot& slot, const std::vector<std::int32_t>& tokens) const;
+    std::size_t being_computed(std::size_t index) const;
+    std::size_t find_saved(const std::vector<std::int32_t>& tokens, std::size_t& length) const;
+    void truncate(std::size_t index, std::size_t length);
+
+    void make_drafts();
     void fill_batch();
-    int decode();
-    void decode_failed(int status);
-    void sample();
-    void sample_slot(std::size_t index);
-    std::vector<GeneratedToken> with_logprobs(Request& request, std::vector<TextPiece> pieces) const;
-    std::string token_text(std::int32_t token) const;
-    void end(std::size_t slot, const std::string& reason);
-    void fail_all(const std::exception_ptr& error);
-    void check_open() const;
-    bool failed() const;
-    bool active() const;
-    bool should_abort() const;
+    int plan_generation();
+    void plan_prompts(int room);
+    void add_to_batch(std::size_t index);
+    std::size_t bridge(std::size_t begin, std::size_t end, std::size_t spare);
+    DecodeStatus decode();
+    bool make_room();
+    void batch_failed(DecodeStatus status);
 
-    std::shared_ptr<LoadedModel> model_;  // given back when the thread ends
-    const ContextOptions options_;
-    const SamplingVocabulary vocabulary_;
-    const std::vector<ggml_backend_dev_t> devices_;  // the model's
-    ContextLimits limits_{};
+    void take_results();
+    void take_advance(std::size_t index, const Advance& advance, std::size_t cached_before);
+    void take_embeddings(std::size_t index);
+    void end(std::size_t index, const std::string& reason, std::exception_ptr error = nullptr);
 
-    // Of the engine's thread.
-    std::unique_ptr<NativeContext> context_;
-    std::unique_ptr<Batch> batch_;
+    Decoder& decoder_;
+    const SamplingVocabulary& vocabulary_;
+    WorkerPool& pool_;
+    const ContextLimits limits_;
     std::vector<Slot> slots_;
-    std::vector<std::shared_ptr<Request>> in_batch_;  // read by should_abort() on a compute thread while decode() runs
-    std::size_t next_prompt_slot_ = 0;                // whose prompt goes first, in turn
-
-    mutable std::mutex mutex_;
-    std::condition_variable changed_;
-    std::deque<std::shared_ptr<Request>> waiting_;
-    std::deque<std::shared_ptr<Task>> tasks_;
-    std::vector<std::shared_ptr<Request>> running_;  // the slots' requests, for check_lost()
-    bool started_ = false;
-    bool ended_ = false;
-    bool closed_ = false;
-    std::exception_ptr failure_;  // why the engine cannot be used any more
-    std::optional<AbortWatch> native_call_;  // set while the thread is in llama.cpp
+    std::vector<SavedPrefix> saved_prefixes_;
+    std::vector<BatchToken> batch_;
+    std::vector<const Request*> in_batch_;  // read by should_abort() on compute threads while decode() runs
+    bool embedding_batch_ = false;
+    bool paused_ = false;  // the shared pool is full: nobody is admitted before somebody ends
+    std::uint64_t steps_ = 0;
+    std::uint64_t admissions_ = 0;
+    std::vector<Ended> ended_;
+    std::vector<std::shared_ptr<Request>> preempted_;
     EngineStats stats_;
-    std::atomic<bool> stopping_{false};
-
-    std::mutex close_mutex_;
-    std::thread thread_;
 };
 
 }  // namespace llama_moe

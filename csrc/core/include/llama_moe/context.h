@@ -22,7 +22,6 @@ struct ContextOptions {
     std::string kv_type = "f16";   // ggml type of the KV cache
     std::string flash_attention = "auto";  // "auto", "on" or "off"
     bool offload_kv = true;        // KV cache on the accelerator of its layer
-    bool embeddings = false;       // compute embeddings besides logits
 
     void validate() const;
 };

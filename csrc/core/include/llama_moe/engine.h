@@ -14,6 +14,25 @@
 
 namespace llama_moe {
 
+// What an engine has besides a context.
+struct EngineOptions : ContextOptions {
+    int context_pool = 0;            // tokens that all sequences share; 0: context_size for each
+    int max_queue = 1024;            // requests that may wait for a sequence
+    int draft_tokens = 0;            // speculative decoding: most tokens drafted at once; 0: off
+    int draft_ngram = 0;             // look the last so many tokens up in the text so far; 0: use the draft model
+    float draft_min_probability = 0; // a draft model's draft ends before a token it finds less likely
+
+    void validate() const;
+};
+
+enum class RequestKind { generate, score, embed, save };
+enum class Pooling { none, mean, cls, last };
+
+struct EmbeddingOptions {
+    Pooling pooling = Pooling::mean;
+    bool normalise = true;
+};
+
 struct TokenLogprob {
     std::int32_t token;
     std::string text;
@@ -55,7 +74,13 @@ class Generation {
     // Throws std::logic_error-like Error while the generation still runs.
     GenerationResult result() const;
 
+    // Waits for the end and takes what a score, an embedding or a saved state consists of. Throws what ended it early.
+    std::vector<float> take_values(const Poll& poll = {});
+    std::string take_state(const Poll& poll = {});
+
    private:
+    void wait(const Poll& poll);
+
     std::shared_ptr<EngineCore> engine_;
     std::shared_ptr<Request> request_;
 };
@@ -65,26 +90,47 @@ struct EngineStats {
     std::uint64_t requests_finished = 0;
     std::uint64_t requests_running = 0;
     std::uint64_t requests_waiting = 0;
+    std::uint64_t requests_preempted = 0;  // went back to the queue, because a shared pool was full
     std::uint64_t prompt_tokens = 0;     // computed
+    std::uint64_t cached_tokens = 0;     // of prompts, not computed again
     std::uint64_t generated_tokens = 0;
+    std::uint64_t draft_tokens = 0;      // proposed by speculative decoding
+    std::uint64_t draft_tokens_accepted = 0;
     std::uint64_t decode_calls = 0;
     double decode_seconds = 0;           // in llama_decode
     double sample_seconds = 0;
 };
 
-// Generates for many requests in one batch, on one thread of its own.
+// Computes many requests in one batch, on one thread of its own.
 class Engine : public ModelUser {
    public:
-    static std::shared_ptr<Engine> create(const std::shared_ptr<Model>& model, const ContextOptions& options, const Poll& poll = {});
+    // `draft_model`: for speculative decoding without lookup; it stays usable by others, and must stay open as long as the engine.
+    static std::shared_ptr<Engine> create(const std::shared_ptr<Model>& model, const EngineOptions& options,
+                                          const std::shared_ptr<Model>& draft_model = nullptr, const Poll& poll = {});
+    // With a decoder that computes nothing: for measuring what everything else costs.
+    static std::shared_ptr<Engine> create_idle(const std::shared_ptr<Model>& model, const EngineOptions& options, const Poll& poll = {});
     ~Engine() override;
 
-    std::unique_ptr<Generation> submit(std::vector<std::int32_t> prompt, const SamplingOptions& sampling);
-    std::unique_ptr<Generation> submit(const std::string& prompt, const SamplingOptions& sampling);
+    // Throws QueueFullError when the queue is full; with `wait`, waits for room.
+    std::unique_ptr<Generation> submit(std::vector<std::int32_t> prompt, const SamplingOptions& sampling, bool wait = false, const Poll& poll = {});
+    std::unique_ptr<Generation> submit(const std::string& prompt, const SamplingOptions& sampling, bool wait = false, const Poll& poll = {});
+
+    // The log-probability of each token but the first, given those before it.
+    std::unique_ptr<Generation> submit_score(std::vector<std::int32_t> prompt, bool wait = false, const Poll& poll = {});
+    std::unique_ptr<Generation> submit_embed(std::vector<std::int32_t> prompt, const EmbeddingOptions& embedding, bool wait = false,
+                                             const Poll& poll = {});
+
+    // Computes a prompt and returns its KV cache, for load_prefix() of an engine with the same model, sequences and KV type.
+    std::string save_prefix(std::vector<std::int32_t> prompt, const Poll& poll = {});
+    // From now on prompts that begin like a saved one are computed from there. Returns its length in tokens.
+    int load_prefix(const std::string& data, const Poll& poll = {});
+    void clear_prefixes(const Poll& poll = {});
 
     std::vector<MemoryRow> memory(const Poll& poll = {});
     std::vector<BreakdownRow> breakdown(const Poll& poll = {});
     EngineStats stats() const;
     const ContextLimits& limits() const { return limits_; }
+    int embedding_size() const;
 
     // Cancels what runs and waits for the engine's thread. Idempotent.
     void close() override;
@@ -92,9 +138,16 @@ class Engine : public ModelUser {
 
    private:
     Engine() = default;
+    static std::shared_ptr<Engine> start(const std::shared_ptr<Model>& model, const EngineOptions& options, std::shared_ptr<EngineCore> core,
+                                         const Poll& poll);
+    std::unique_ptr<Generation> submit(RequestKind kind, std::vector<std::int32_t> prompt, const SamplingOptions& sampling,
+                                       const EmbeddingOptions& embedding, bool wait, const Poll& poll);
+    void check_prompt(const std::vector<std::int32_t>& prompt) const;
 
     std::shared_ptr<Model> model_;
+    std::shared_ptr<Model> draft_model_;
     std::shared_ptr<EngineCore> core_;
+    EngineOptions options_;
     ContextLimits limits_{};
 };
 

@@ -30,6 +30,10 @@ class DecodeError : public Error {
     using Error::Error;
 };
 
+class QueueFullError : public Error {
+    using Error::Error;
+};
+
 class ClosedError : public Error {
     using Error::Error;
 };
