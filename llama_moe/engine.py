@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, overload
 
 from . import _core, _logging
@@ -18,14 +19,18 @@ from .tokens import as_prompts
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
-    from typing import Literal
+    from typing import Literal, TypeVar
 
     from typing_extensions import Self
 
+    from .aio import AsyncTokenStream
     from .model import DevicesLike, HostMemory, StrPath
     from .placement import PlacementLike
     from .results import Completion
+    from .stream import GenerationReader
     from .tokens import Prompt
+
+    StreamT = TypeVar("StreamT", bound=GenerationReader)
 
 
 class Engine:
@@ -90,11 +95,19 @@ class Engine:
         return self._model
 
     @overload
-    def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> Completion: ...  # type: ignore[overload-overlap]
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> Completion: ...
     @overload
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]: ...
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, timeout: float | None = None
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> Completion | list[Completion]:
         """Generates for one prompt, or for several together.
 
@@ -103,6 +116,7 @@ class Engine:
         Args:
             prompts: a prompt, or a sequence of prompts.
             params: how to sample: one for all, or one for each of several prompts; None: the defaults.
+            timeout: seconds from now in which each must end, the wait for its turn included; None: no limit.
 
         Returns:
             A completion; a list of them, in order, for several prompts.
@@ -110,10 +124,11 @@ class Engine:
         Raises:
             ContextFullError: a prompt is longer than the context.
             DecodeError: the computation failed.
+            RequestTimeoutError: `timeout` passed.
             ClosedError: the engine was closed.
-            InvalidOptionError: `params` has another length than `prompts`, or a token id is outside the vocabulary.
+            InvalidOptionError: `params` has another length than `prompts`, a token id is outside the vocabulary, or `timeout` is not above 0.
         """
-        streams, single = self._start(prompts, params)
+        streams, single = self._start(prompts, params, timeout, self._start_stream)
         try:
             completions = [stream.read_all() for stream in streams]
         except BaseException:
@@ -123,17 +138,26 @@ class Engine:
         return completions[0] if single else completions
 
     @overload
-    def stream(self, prompts: Prompt, params: SamplingParams | None = None) -> TokenStream: ...  # type: ignore[overload-overlap]
+    def stream(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> TokenStream: ...
     @overload
-    def stream(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[TokenStream]: ...
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, timeout: float | None = None
+    ) -> list[TokenStream]: ...
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> TokenStream | list[TokenStream]:
         """Starts to generate for one prompt, or for several, and returns at once.
 
         Args:
             prompts: a prompt, or a sequence of prompts.
             params: how to sample: one for all, or one for each of several prompts; None: the defaults.
+            timeout: seconds from now in which each must end, the wait for its turn included, whether or not anybody reads; None: no limit.
 
         Returns:
             An iterator over the tokens; a list of them, in order, for several prompts.
@@ -141,22 +165,85 @@ class Engine:
         Raises:
             ContextFullError: a prompt is longer than the context.
             ClosedError: the engine was closed.
-            InvalidOptionError: `params` has another length than `prompts`, or a token id is outside the vocabulary.
+            InvalidOptionError: `params` has another length than `prompts`, a token id is outside the vocabulary, or `timeout` is not above 0.
         """
-        streams, single = self._start(prompts, params)
+        streams, single = self._start(prompts, params, timeout, self._start_stream)
         return streams[0] if single else streams
 
+    @overload
+    async def agenerate(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> Completion: ...
+    @overload
+    async def agenerate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, timeout: float | None = None
+    ) -> list[Completion]: ...
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Completion | list[Completion]:
+        """What `generate()` does, for asyncio: other tasks run meanwhile, and no thread is needed.
+
+        Cancelling the task that awaits it cancels all. Arguments, result and errors are those of `generate()`.
+        """
+        streams, single = self._start(prompts, params, timeout, self._start_async_stream)
+        try:
+            completions = [await stream.read_all() for stream in streams]
+        except BaseException:
+            for stream in streams:
+                stream._close()
+            raise
+        return completions[0] if single else completions
+
+    @overload
+    def astream(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> AsyncTokenStream: ...
+    @overload
+    def astream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, timeout: float | None = None
+    ) -> list[AsyncTokenStream]: ...
+    def astream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> AsyncTokenStream | list[AsyncTokenStream]:
+        """What `stream()` does, for asyncio: returns asynchronous iterators at once, without being awaited.
+
+        Arguments and errors are those of `stream()`; besides, it is a RuntimeError when no event loop runs in this thread.
+        """
+        streams, single = self._start(prompts, params, timeout, self._start_async_stream)
+        return streams[0] if single else streams
+
+    def _start_stream(self, prompt: str | list[int], sampling: _core.SamplingOptions, timeout: float | None) -> TokenStream:
+        return TokenStream(self._native.submit(prompt, sampling, timeout), self)
+
+    def _start_async_stream(self, prompt: str | list[int], sampling: _core.SamplingOptions, timeout: float | None) -> AsyncTokenStream:
+        from . import aio  # late: importing asyncio takes longer than importing this package
+
+        return aio.start(self, prompt, sampling, timeout)
+
     def _start(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> tuple[list[TokenStream], bool]:
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        timeout: float | None,
+        start: Callable[[str | list[int], _core.SamplingOptions, float | None], StreamT],
+    ) -> tuple[list[StreamT], bool]:
         """A stream for each prompt, and whether there was one prompt, not a sequence of them."""
         _logging.sync_level()
         each, single = as_prompts(prompts)
         options = [item._to_native() for item in _params_of_each(params, len(each), single=single)]
-        streams: list[TokenStream] = []
+        seconds = _seconds(timeout)
+        streams: list[StreamT] = []
         try:
             for prompt, sampling in zip(each, options, strict=True):
-                streams.append(TokenStream(self._native.submit(prompt, sampling), self))
+                streams.append(start(prompt, sampling, seconds))
         except BaseException:
             for stream in streams:
                 stream.cancel()
@@ -236,6 +323,14 @@ def _params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, pr
     if len(params) != prompts:
         raise InvalidOptionError(f"params has {len(params)} entries for {prompts} prompts; give one for all, or one for each")
     return params
+
+
+def _seconds(timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, Real):
+        raise TypeError(f"timeout cannot be {timeout!r} ({type(timeout).__name__}); it must be a number of seconds")
+    return float(timeout)
 
 
 def _trained_context(path: StrPath) -> int:

@@ -16,6 +16,7 @@ __all__ = [
     "LlamaMoeError",
     "ModelLoadError",
     "PlacementError",
+    "RequestTimeoutError",
 ]
 
 
@@ -49,6 +50,10 @@ class ClosedError(LlamaMoeError):
 
 class CancelledError(LlamaMoeError):
     """The work was cancelled before it had a result."""
+
+
+class RequestTimeoutError(LlamaMoeError, TimeoutError):
+    """A request did not end within its `timeout`; the message says how far it was."""
 
 
 class InvalidOptionError(LlamaMoeError, ValueError):

@@ -5,19 +5,28 @@
 namespace llama_moe::bindings {
 namespace {
 
-py::object to_python(const std::optional<GeneratedToken>& token) {
-    if (!token) {
-        return py::none();
-    }
+py::tuple to_python(const GeneratedToken& token) {
     py::object top = py::none();
-    if (token->logprob) {
+    if (token.logprob) {
         py::list entries;
-        for (const auto& entry : token->top) {
+        for (const auto& entry : token.top) {
             entries.append(py::make_tuple(entry.token, entry.text, entry.logprob));
         }
         top = std::move(entries);
     }
-    return py::make_tuple(token->id, token->text, token->logprob, std::move(top));
+    return py::make_tuple(token.id, token.text, token.logprob, std::move(top));
+}
+
+py::typing::Tuple<py::list, bool> to_python(const Delivered& delivered) {
+    py::list tokens(delivered.tokens.size());
+    for (std::size_t i = 0; i < delivered.tokens.size(); i++) {
+        PyList_SET_ITEM(tokens.ptr(), static_cast<Py_ssize_t>(i), to_python(delivered.tokens[i]).release().ptr());
+    }
+    return py::make_tuple(std::move(tokens), delivered.ended);
+}
+
+DeliveryOptions delivery_options(const std::optional<double>& timeout, const NotifierHandle* notifier, std::uint64_t tag) {
+    return {timeout, notifier == nullptr ? nullptr : notifier->get(), tag};
 }
 
 std::map<std::string, std::variant<std::uint64_t, double>> to_python(const EngineStats& stats) {
@@ -42,8 +51,11 @@ void bind_engine(py::module_& m) {
         .def_readonly("time_to_first_token", &GenerationResult::time_to_first_token);
 
     py::class_<GenerationHandle>(m, "Generation")
-        .def("next", [](const GenerationHandle& generation) { return to_python(without_gil([&] { return generation->next(poll_signals()); })); })
+        .def(
+            "take", [](const GenerationHandle& generation, bool wait) { return to_python(without_gil([&] { return generation->take(wait, poll_signals()); })); },
+            py::arg("wait"))
         .def("cancel", [](const GenerationHandle& generation) { without_gil([&] { generation->cancel(); }); })
+        .def("check_lost", [](const GenerationHandle& generation) { without_gil([&] { generation->check_lost(); }); })
         .def("result", [](const GenerationHandle& generation) { return generation->result(); });
 
     py::class_<EngineHandle>(m, "Engine")
@@ -54,17 +66,21 @@ void bind_engine(py::module_& m) {
              py::arg("model"), py::arg("options"))
         .def(
             "submit",
-            [](const EngineHandle& engine, const std::string& prompt, const SamplingOptions& sampling) {
-                return std::make_unique<GenerationHandle>(without_gil([&] { return engine->submit(prompt, sampling); }));
+            [](const EngineHandle& engine, const std::string& prompt, const SamplingOptions& sampling, const std::optional<double>& timeout,
+               const NotifierHandle* notifier, std::uint64_t tag) {
+                const auto delivery = delivery_options(timeout, notifier, tag);
+                return std::make_unique<GenerationHandle>(without_gil([&] { return engine->submit(prompt, sampling, delivery); }));
             },
-            py::arg("prompt"), py::arg("sampling"))
+            py::arg("prompt"), py::arg("sampling"), py::arg("timeout") = py::none(), py::arg("notifier") = py::none(), py::arg("tag") = 0)
         .def(
             "submit",
-            [](const EngineHandle& engine, const py::object& prompt, const SamplingOptions& sampling) {
+            [](const EngineHandle& engine, const py::object& prompt, const SamplingOptions& sampling, const std::optional<double>& timeout,
+               const NotifierHandle* notifier, std::uint64_t tag) {
                 auto tokens = to_integers(prompt, "prompt");
-                return std::make_unique<GenerationHandle>(without_gil([&] { return engine->submit(std::move(tokens), sampling); }));
+                const auto delivery = delivery_options(timeout, notifier, tag);
+                return std::make_unique<GenerationHandle>(without_gil([&] { return engine->submit(std::move(tokens), sampling, delivery); }));
             },
-            py::arg("prompt"), py::arg("sampling"))
+            py::arg("prompt"), py::arg("sampling"), py::arg("timeout") = py::none(), py::arg("notifier") = py::none(), py::arg("tag") = 0)
         .def("memory", [](const EngineHandle& engine) { return to_tuples(without_gil([&] { return engine->memory(poll_signals()); })); })
         .def("breakdown", [](const EngineHandle& engine) { return to_tuples(without_gil([&] { return engine->breakdown(poll_signals()); })); })
         .def("stats", [](const EngineHandle& engine) { return to_python(engine->stats()); })

@@ -22,12 +22,15 @@ using Clock = std::chrono::steady_clock;
 // One request on its way from submit() to its last token. The first part belongs to the engine's thread, but for what is
 // atomic: a consumer that cancels takes the timings. `mutex` guards the second part, which the consumer reads.
 struct Request {
-    Request(std::vector<std::int32_t> prompt_tokens, const SamplingOptions& options, const SamplingVocabulary& vocabulary, int context_size);
+    Request(std::vector<std::int32_t> prompt_tokens, const SamplingOptions& options, const SamplingVocabulary& vocabulary, int context_size,
+            const DeliveryOptions& delivery_options);
 
     const std::vector<std::int32_t> prompt;
     const std::optional<int> max_tokens;
     const std::optional<int> logprobs;
     const Clock::time_point submitted = Clock::now();
+    const DeliveryOptions delivery;
+    const Clock::time_point deadline;
     std::atomic<bool> cancelled{false};
 
     Sampler sampler;
@@ -41,10 +44,15 @@ struct Request {
     std::deque<std::pair<std::size_t, SampledLogprobs>> sampled_logprobs;  // of tokens whose text is still held back
 
     bool in_prompt() const { return prompt_done < prompt.size(); }
+    bool past_deadline() const { return deadline != Clock::time_point::max() && Clock::now() >= deadline; }
+    // Whether to stop working on it: it was cancelled, or it is past its deadline, which fails it.
+    bool given_up();
 
     std::mutex mutex;
     std::condition_variable changed;
-    std::deque<GeneratedToken> ready;
+    std::vector<GeneratedToken> ready;
+    bool notify = false;  // who reads found nothing, and waits for the notifier
+    std::atomic<int> waiting_threads{0};  // on `changed`; raised with the lock held, lowered with or without
     bool finished = false;
     std::exception_ptr error;
     GenerationResult result;
@@ -53,8 +61,11 @@ struct Request {
     // The first call decides; later ones change nothing. Returns whether this was the first.
     bool finish(const std::string& reason);
     bool fail(std::exception_ptr why);
+    bool fail_by_timeout();
 
    private:
+    // Wakes who waits, if anybody does, after giving back the lock that they would wait for.
+    void announce(std::unique_lock<std::mutex> lock);
     void record_timings();
 };
 

@@ -4,6 +4,7 @@
 
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
+#include "llama_moe/process.h"
 
 namespace llama_moe {
 namespace {
@@ -153,10 +154,14 @@ void EngineCore::admit() {
 
 void EngineCore::release_cancelled() {
     for (std::size_t i = 0; i < slots_.size(); i++) {
-        if (slots_[i].request && slots_[i].request->cancelled) {
+        if (slots_[i].request && slots_[i].request->given_up()) {
             end(i, "cancelled");
         }
     }
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto dropped = std::remove_if(waiting_.begin(), waiting_.end(), [](const auto& request) { return request->given_up(); });
+    stats_.requests_finished += static_cast<std::uint64_t>(waiting_.end() - dropped);
+    waiting_.erase(dropped, waiting_.end());
 }
 
 // First the newest token of every running request, then prompts in turn. While others generate, prompts get one
@@ -204,7 +209,8 @@ bool EngineCore::should_abort() const {
     if (stopping_) {
         return true;
     }
-    return !in_batch_.empty() && std::all_of(in_batch_.begin(), in_batch_.end(), [](const auto& request) { return request->cancelled.load(); });
+    return !in_batch_.empty() && std::all_of(in_batch_.begin(), in_batch_.end(), 
+                                              [](const auto& request) { return request->cancelled || request->past_deadline(); });
 }
 
 int EngineCore::decode() {
@@ -233,7 +239,7 @@ void EngineCore::decode_failed(int status) {
         if (!request || std::find(in_batch_.begin(), in_batch_.end(), request) == in_batch_.end()) {
             continue;
         }
-        const bool aborted = status == 2 && (request->cancelled || stopping_);
+        const bool aborted = status == 2 && (request->given_up() || stopping_);
         if (!aborted) {
             request->fail(error);
         }
@@ -422,6 +428,7 @@ void EngineCore::cancel(Request& request) {
 }
 
 void EngineCore::run(std::function<void(NativeContext&)> work, const Poll& poll) {
+    require_same_process("the engine");
     auto task = std::make_shared<Task>();
     task->work = std::move(work);
     std::unique_lock<std::mutex> lock(mutex_);

@@ -9,6 +9,7 @@
 
 #include "llama_moe/context.h"
 #include "llama_moe/model.h"
+#include "llama_moe/notifier.h"
 #include "llama_moe/sampling.h"
 #include "llama_moe/wait.h"
 
@@ -38,6 +39,21 @@ struct GenerationResult {
     double time_to_first_token = 0;  // from submission
 };
 
+// How a request's output is waited for.
+struct DeliveryOptions {
+    std::optional<double> timeout;       // seconds from submission to the end; unset: no limit
+    std::shared_ptr<Notifier> notifier;  // told when there is news for who found none
+    std::uint64_t tag = 0;               // what it is told
+
+    void validate() const;
+};
+
+// What take() found.
+struct Delivered {
+    std::vector<GeneratedToken> tokens;
+    bool ended = false;  // there will be no more
+};
+
 class EngineCore;
 struct Request;
 
@@ -49,9 +65,12 @@ class Generation {
     Generation(const Generation&) = delete;
     Generation& operator=(const Generation&) = delete;
 
-    // Waits for the next token; unset at the end. Throws what ended the generation early.
-    std::optional<GeneratedToken> next(const Poll& poll = {});
+    // All tokens that nobody took yet. When there are none: waits for some or the end; without `wait`, returns without any, and
+    // the request's notifier is told of the next ones. Throws what ended the generation early.
+    Delivered take(bool wait, const Poll& poll = {});
     void cancel();
+    // For who waits for the notifier, now and then: a generation that a device failure has ended then says so.
+    void check_lost();
     // Throws std::logic_error-like Error while the generation still runs.
     GenerationResult result() const;
 
@@ -78,8 +97,8 @@ class Engine : public ModelUser {
     static std::shared_ptr<Engine> create(const std::shared_ptr<Model>& model, const ContextOptions& options, const Poll& poll = {});
     ~Engine() override;
 
-    std::unique_ptr<Generation> submit(std::vector<std::int32_t> prompt, const SamplingOptions& sampling);
-    std::unique_ptr<Generation> submit(const std::string& prompt, const SamplingOptions& sampling);
+    std::unique_ptr<Generation> submit(std::vector<std::int32_t> prompt, const SamplingOptions& sampling, const DeliveryOptions& delivery = {});
+    std::unique_ptr<Generation> submit(const std::string& prompt, const SamplingOptions& sampling, const DeliveryOptions& delivery = {});
 
     std::vector<MemoryRow> memory(const Poll& poll = {});
     std::vector<BreakdownRow> breakdown(const Poll& poll = {});
