@@ -1,7 +1,7 @@
 """Streams for asyncio: no thread waits for them, and no loop asks for them.
 
-An engine's thread writes a file descriptor when a stream that is waited for has news. The event loop watches that descriptor like any other,
-one for all its streams, and wakes those concerned.
+An engine's thread writes a file descriptor when a stream that is waited for has news. The event loop watches that descriptor, one for all
+its streams, like any other, and wakes those concerned.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _LEAST_TIMER_SECONDS = 0.001
 class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
     """Iterates over the tokens of one generation as they come; made by `Engine.astream()`.
 
-    The generation runs whether or not anybody reads. It is cancelled by `aclose()`, by leaving an `async with` block, when the task that waits
-    for a token is cancelled, and when nobody refers to the stream any more, so `async for token in engine.astream(...)` may simply be left.
-    One task at a time may read a stream, in the event loop in which it was made; `cancel()` may be called from any thread.
+    The generation runs whether or not anybody reads. It is cancelled by `aclose()`, by leaving an `async with` block, when the task that
+    waits for a token is cancelled, and when nobody refers to the stream any more, so `async for token in engine.astream(...)` may simply be
+    left. One task at a time may read a stream, in the event loop in which it was made; `cancel()` may be called from any thread.
     """
 
     __slots__ = ("_deadline", "_hub", "_tag")
@@ -88,7 +88,8 @@ class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
         self._hub.release(self._tag)
 
     async def _more(self) -> None:
-        self._hub.check_reader(self._tag)
+        if not self._forked:  # there no loop counts as running, and _fetch() knows the better reason
+            self._hub.check_reader(self._tag)
         try:
             if not self._fetch(wait=False):
                 await self._hub.wait(self._tag, self._generation, self._deadline)
@@ -128,8 +129,8 @@ def start(engine: Engine, prompt: str | list[int], sampling: _core.SamplingOptio
 class _Hub:
     """Wakes the streams of one event loop. There from its first open stream to the end of its last one.
 
-    Nothing but its loop and its streams refers to it, so that a loop that is closed and forgotten with streams still open takes them along. All
-    is done on the loop's thread, but for `release()`.
+    Nothing but its loop and its streams refers to it, so that a loop that is closed and forgotten with streams still open takes them along.
+    All is done on the loop's thread, but for `release()`.
     """
 
     __slots__ = ("__weakref__", "_closed", "_heartbeat", "_loop", "_open", "_process", "_tags", "_waiting", "notifier")

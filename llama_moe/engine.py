@@ -126,7 +126,8 @@ class Engine:
             DecodeError: the computation failed.
             RequestTimeoutError: `timeout` passed.
             ClosedError: the engine was closed.
-            InvalidOptionError: `params` has another length than `prompts`, a token id is outside the vocabulary, or `timeout` is not above 0.
+            InvalidOptionError: `params` has another length than `prompts`, a token id is outside the vocabulary, or `timeout` is not above
+                0.
         """
         streams, single = self._start(prompts, params, timeout, self._start_stream)
         try:
@@ -165,7 +166,8 @@ class Engine:
         Raises:
             ContextFullError: a prompt is longer than the context.
             ClosedError: the engine was closed.
-            InvalidOptionError: `params` has another length than `prompts`, a token id is outside the vocabulary, or `timeout` is not above 0.
+            InvalidOptionError: `params` has another length than `prompts`, a token id is outside the vocabulary, or `timeout` is not above
+                0.
         """
         streams, single = self._start(prompts, params, timeout, self._start_stream)
         return streams[0] if single else streams
@@ -325,7 +327,7 @@ def _params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, pr
     return params
 
 
-def _seconds(timeout: float | None) -> float | None:
+def _seconds(timeout: object) -> float | None:
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, Real):

@@ -25,8 +25,10 @@ py::typing::Tuple<py::list, bool> to_python(const Delivered& delivered) {
     return py::make_tuple(std::move(tokens), delivered.ended);
 }
 
-DeliveryOptions delivery_options(const std::optional<double>& timeout, const NotifierHandle* notifier, std::uint64_t tag) {
-    return {timeout, notifier == nullptr ? nullptr : notifier->get(), tag};
+using OptionalNotifier = py::typing::Optional<NotifierHandle>;
+
+DeliveryOptions delivery_options(const std::optional<double>& timeout, const OptionalNotifier& notifier, std::uint64_t tag) {
+    return {timeout, notifier.is_none() ? nullptr : notifier.cast<const NotifierHandle&>().get(), tag};
 }
 
 std::map<std::string, std::variant<std::uint64_t, double>> to_python(const EngineStats& stats) {
@@ -67,7 +69,7 @@ void bind_engine(py::module_& m) {
         .def(
             "submit",
             [](const EngineHandle& engine, const std::string& prompt, const SamplingOptions& sampling, const std::optional<double>& timeout,
-               const NotifierHandle* notifier, std::uint64_t tag) {
+               const OptionalNotifier& notifier, std::uint64_t tag) {
                 const auto delivery = delivery_options(timeout, notifier, tag);
                 return std::make_unique<GenerationHandle>(without_gil([&] { return engine->submit(prompt, sampling, delivery); }));
             },
@@ -75,7 +77,7 @@ void bind_engine(py::module_& m) {
         .def(
             "submit",
             [](const EngineHandle& engine, const py::object& prompt, const SamplingOptions& sampling, const std::optional<double>& timeout,
-               const NotifierHandle* notifier, std::uint64_t tag) {
+               const OptionalNotifier& notifier, std::uint64_t tag) {
                 auto tokens = to_integers(prompt, "prompt");
                 const auto delivery = delivery_options(timeout, notifier, tag);
                 return std::make_unique<GenerationHandle>(without_gil([&] { return engine->submit(std::move(tokens), sampling, delivery); }));

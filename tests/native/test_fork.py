@@ -18,7 +18,7 @@ from llama_moe.errors import ClosedError
 warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
 path = sys.argv[1]
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
-LONG = SamplingParams(max_tokens=3000, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=4, temperature=0)
 
 def refused(action, *arguments):
@@ -42,7 +42,7 @@ parent = os.getpid()
 
 SCENARIOS = {
     "in the middle of everything": """
-        model = Model(path, experts="gpu", devices=[])
+        model = Model(path, experts="gpu", devices=[], repack=False)
         engine = Engine(model, context_size=8192, max_sequences=3, threads=1)
         context = Context(model, context_size=256, threads=1)
         expected = engine.generate("Hello", LONG).text
@@ -106,7 +106,7 @@ SCENARIOS = {
         wait_for(children[0])
     """,
     "from an event loop": """
-        engine = llama_moe.load(path, experts="gpu", devices=[], context_size=8192, max_sequences=2, threads=1)
+        engine = llama_moe.load(path, experts="gpu", devices=[], context_size=8192, max_sequences=2, threads=1, repack=False)
         async def main():
             expected = (await engine.agenerate("Hello", LONG)).text
             stream = engine.astream("Hello", LONG)

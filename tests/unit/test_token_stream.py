@@ -22,7 +22,7 @@ class Generation:
         self.end_comes_alone = end_comes_alone
         self.cancelled = False
 
-    def take(self, wait: bool) -> tuple[list[Entry], bool]:  # noqa: FBT001 as the native one has it
+    def take(self, wait: bool) -> tuple[list[Entry], bool]:
         assert wait
         if self.cancelled or not self.steps:
             return [], True

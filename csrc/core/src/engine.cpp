@@ -62,7 +62,7 @@ Delivered Generation::take(bool wait, const Poll& poll) {
         std::rethrow_exception(request.error);
     }
     delivered.ended = request.finished && !request.error;
-    request.notify = !wait && request.delivery.notifier && delivered.tokens.empty() && !delivered.ended;
+    request.notify = !wait && request.notifier && delivered.tokens.empty() && !delivered.ended;
     return delivered;
 }
 

@@ -37,14 +37,16 @@ void DeliveryOptions::validate() const {
 }
 
 Request::Request(std::vector<std::int32_t> prompt_tokens, const SamplingOptions& options, const SamplingVocabulary& vocabulary, int context_size,
-                 const DeliveryOptions& delivery_options)
+                 const DeliveryOptions& delivery)
     : prompt(std::move(prompt_tokens)),
       max_tokens(options.max_tokens),
       logprobs(options.logprobs),
-      delivery(delivery_options),
-      deadline(deadline_of(submitted, delivery.timeout)),
+      timeout(delivery.timeout),
+      deadline(deadline_of(submitted, timeout)),
+      tag(delivery.tag),
       sampler(options, vocabulary, context_size),
-      assembler(options.stop) {
+      assembler(options.stop),
+      notifier(delivery.notifier) {
     sampler.accept_prompt(prompt);
 }
 
@@ -63,12 +65,13 @@ void Request::deliver(std::vector<GeneratedToken> tokens) {
 void Request::announce(std::unique_lock<std::mutex> lock) {
     const bool wake = waiting_threads > 0;
     const bool tell = std::exchange(notify, false);
+    const auto told = finished ? std::move(notifier) : tell ? notifier : nullptr;
     lock.unlock();
     if (wake) {
         changed.notify_all();
     }
     if (tell) {
-        delivery.notifier->notify(delivery.tag);
+        told->notify(tag);
     }
 }
 
@@ -112,7 +115,7 @@ bool Request::fail_by_timeout() {
     const std::string state = started.load() == Clock::time_point{} ? "it still waited for a free sequence"
                               : generated == 0                      ? "its prompt was being computed"
                                                                     : "it had generated " + std::to_string(generated) + " tokens";
-    return fail(std::make_exception_ptr(TimeoutError("the request did not end within its timeout of " + seconds_text(*delivery.timeout) + " s; " + state)));
+    return fail(std::make_exception_ptr(TimeoutError("the request did not end within its timeout of " + seconds_text(*timeout) + " s; " + state)));
 }
 
 bool Request::given_up() {

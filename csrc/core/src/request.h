@@ -23,14 +23,15 @@ using Clock = std::chrono::steady_clock;
 // atomic: a consumer that cancels takes the timings. `mutex` guards the second part, which the consumer reads.
 struct Request {
     Request(std::vector<std::int32_t> prompt_tokens, const SamplingOptions& options, const SamplingVocabulary& vocabulary, int context_size,
-            const DeliveryOptions& delivery_options);
+            const DeliveryOptions& delivery);
 
     const std::vector<std::int32_t> prompt;
     const std::optional<int> max_tokens;
     const std::optional<int> logprobs;
     const Clock::time_point submitted = Clock::now();
-    const DeliveryOptions delivery;
+    const std::optional<double> timeout;
     const Clock::time_point deadline;
+    const std::uint64_t tag;
     std::atomic<bool> cancelled{false};
 
     Sampler sampler;
@@ -51,7 +52,8 @@ struct Request {
     std::mutex mutex;
     std::condition_variable changed;
     std::vector<GeneratedToken> ready;
-    bool notify = false;  // who reads found nothing, and waits for the notifier
+    std::shared_ptr<Notifier> notifier;  // until the end
+    bool notify = false;                 // who reads found nothing, and waits for the notifier
     std::atomic<int> waiting_threads{0};  // on `changed`; raised with the lock held, lowered with or without
     bool finished = false;
     std::exception_ptr error;
