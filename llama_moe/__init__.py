@@ -8,6 +8,8 @@ Example:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from . import _logging, errors
 from .build import build_info
 from .context import Context
@@ -23,7 +25,13 @@ from .scoring import Score
 from .speculative import Speculative
 from .stream import TokenStream
 
+if TYPE_CHECKING:
+    from .aio import AsyncTokenStream
+
+    __version__: str
+
 __all__ = [
+    "AsyncTokenStream",
     "Completion",
     "Context",
     "Device",
@@ -53,7 +61,11 @@ __all__ = [
 _logging.connect()
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         return build_info()["version"]
+    if name == "AsyncTokenStream":  # late: importing asyncio takes longer than importing this package
+        from .aio import AsyncTokenStream
+
+        return AsyncTokenStream
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

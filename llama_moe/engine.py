@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Self
 
+    from .aio import AsyncTokenStream
     from .model import DevicesLike, HostMemory, StrPath
     from .placement import PlacementLike
     from .results import Completion
@@ -110,11 +113,19 @@ class Engine:
         return self._model
 
     @overload
-    def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> Completion: ...  # type: ignore[overload-overlap]
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> Completion: ...
     @overload
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]: ...
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, timeout: float | None = None
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> Completion | list[Completion]:
         """Generates for one prompt, or for several together.
 
@@ -123,6 +134,7 @@ class Engine:
         Args:
             prompts: a prompt, or a sequence of prompts.
             params: how to sample: one for all, or one for each of several prompts; None: the defaults.
+            timeout: seconds from now in which each must end, the wait for its turn included; None: no limit.
 
         Returns:
             A completion; a list of them, in order, for several prompts.
@@ -131,10 +143,12 @@ class Engine:
             ContextFullError: a prompt is longer than the context.
             DecodeError: the computation failed.
             QueueFullError: too many requests wait already. Of several prompts, those after the first wait for room.
+            RequestTimeoutError: `timeout` passed.
             ClosedError: the engine was closed.
-            InvalidOptionError: `params` has another length than `prompts`, or a token id is outside the vocabulary.
+            InvalidOptionError: `params` has another length than `prompts`, a token id is outside the vocabulary, or `timeout` is not above
+                0.
         """
-        streams, single = self._start(prompts, params)
+        streams, single = self._start(prompts, params, timeout)
         try:
             completions = [stream.read_all() for stream in streams]
         except BaseException:
@@ -144,17 +158,26 @@ class Engine:
         return completions[0] if single else completions
 
     @overload
-    def stream(self, prompts: Prompt, params: SamplingParams | None = None) -> TokenStream: ...  # type: ignore[overload-overlap]
+    def stream(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> TokenStream: ...
     @overload
-    def stream(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[TokenStream]: ...
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, timeout: float | None = None
+    ) -> list[TokenStream]: ...
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> TokenStream | list[TokenStream]:
         """Starts to generate for one prompt, or for several, and returns at once.
 
         Args:
             prompts: a prompt, or a sequence of prompts.
             params: how to sample: one for all, or one for each of several prompts; None: the defaults.
+            timeout: seconds from now in which each must end, the wait for its turn included, whether or not anybody reads; None: no limit.
 
         Returns:
             An iterator over the tokens; a list of them, in order, for several prompts.
@@ -163,23 +186,84 @@ class Engine:
             ContextFullError: a prompt is longer than the context.
             QueueFullError: too many requests wait already. Of several prompts, those after the first wait for room.
             ClosedError: the engine was closed.
-            InvalidOptionError: `params` has another length than `prompts`, or a token id is outside the vocabulary.
+            InvalidOptionError: `params` has another length than `prompts`, a token id is outside the vocabulary, or `timeout` is not above
+                0.
         """
-        streams, single = self._start(prompts, params)
+        streams, single = self._start(prompts, params, timeout)
         return streams[0] if single else streams
 
-    def _start(
+    @overload
+    async def agenerate(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> Completion: ...
+    @overload
+    async def agenerate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, timeout: float | None = None
+    ) -> list[Completion]: ...
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Completion | list[Completion]:
+        """What `generate()` does, for asyncio: other tasks run meanwhile, and no thread is needed.
+
+        Cancelling the task that awaits it cancels all. Arguments, result and errors are those of `generate()`.
+        """
+        from . import aio  # late: importing asyncio takes longer than importing this package
+
+        requests, single = self._requests(prompts, params)
+        completions = await aio.generate(self, requests, _seconds(timeout))
+        return completions[0] if single else completions
+
+    @overload
+    def astream(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, params: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> AsyncTokenStream: ...
+    @overload
+    def astream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, timeout: float | None = None
+    ) -> list[AsyncTokenStream]: ...
+    def astream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> AsyncTokenStream | list[AsyncTokenStream]:
+        """What `stream()` does, for asyncio: returns asynchronous iterators at once, without being awaited.
+
+        Arguments and errors are those of `stream()`; besides, it is a RuntimeError when no event loop runs in this thread, and a
+        QueueFullError when the queue has no room for one of several prompts: an event loop must not wait.
+        """
+        from . import aio
+
+        requests, single = self._requests(prompts, params)
+        streams = aio.start(self, requests, _seconds(timeout))
+        return streams[0] if single else streams
+
+    def _requests(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> tuple[list[TokenStream], bool]:
-        """A stream for each prompt, and whether there was one prompt, not a sequence of them."""
+    ) -> tuple[list[tuple[str | list[int], _core.SamplingOptions]], bool]:
+        """Each prompt with its options, and whether there was one prompt, not a sequence of them."""
         _logging.sync_level()
         each, single = as_prompts(prompts)
         options = [item._to_native() for item in _params_of_each(params, len(each), single=single)]
+        return list(zip(each, options, strict=True)), single
+
+    def _start(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, timeout: float | None
+    ) -> tuple[list[TokenStream], bool]:
+        """A stream for each prompt, and whether there was one prompt, not a sequence of them."""
+        requests, single = self._requests(prompts, params)
+        seconds = _seconds(timeout)
         streams: list[TokenStream] = []
         try:
-            for prompt, sampling in zip(each, options, strict=True):
-                # Of several, the first that finds the queue full is an error; later ones wait for the room that earlier ones make.
-                streams.append(TokenStream(self._native.submit(prompt, sampling, wait=bool(streams)), self))
+            for prompt, sampling in requests:
+                # Of several, a full queue is an error to the first; later ones wait for the room that earlier ones make.
+                generation = self._native.submit(prompt, sampling, seconds, wait_for_room=bool(streams))
+                streams.append(TokenStream(generation, self))
         except BaseException:
             for stream in streams:
                 stream.cancel()
@@ -190,10 +274,10 @@ class Engine:
     def embed(self, prompts: Prompt, *, pooling: Pooling = "mean", normalize: bool = True) -> npt.NDArray[np.float32]: ...
     @overload
     def embed(
-        self, prompts: Sequence[Prompt], *, pooling: Pooling = "mean", normalize: bool = True
+        self, prompts: Sequence[Prompt], *, pooling: Pooling = "mean", normalize: bool = True, timeout: float | None = None
     ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]: ...
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "mean", normalize: bool = True
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "mean", normalize: bool = True, timeout: float | None = None
     ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
         """The embeddings of one text, or of several together: the model's last hidden states after its final norm.
 
@@ -201,6 +285,7 @@ class Engine:
             prompts: a prompt, or a sequence of prompts.
             pooling: what becomes of the states of a prompt's tokens: "mean" of all, the "last", the first ("cls"), or "none": all of them.
             normalize: scale each vector to length 1.
+            timeout: as for `generate()`.
 
         Returns:
             float32 of shape [embedding_length]; [prompts, embedding_length] for several prompts. Without pooling [tokens,
@@ -209,7 +294,7 @@ class Engine:
         Raises:
             The same as `generate()`.
         """
-        rows, single = self._values(prompts, lambda prompt, wait: self._native.submit_embed(prompt, pooling, normalize, wait))
+        rows, single = self._values(prompts, timeout, partial(self._native.submit_embed, pooling=pooling, normalise=normalize))
         width = self._native.embedding_size
         if pooling == "none":
             each = [row.reshape(-1, width) for row in rows]
@@ -217,14 +302,15 @@ class Engine:
         return rows[0] if single else np.stack(rows) if rows else np.empty((0, width), np.float32)
 
     @overload
-    def score(self, prompts: Prompt) -> Score: ...  # type: ignore[overload-overlap]
+    def score(self, prompts: Prompt, *, timeout: float | None = None) -> Score: ...  # type: ignore[overload-overlap]
     @overload
-    def score(self, prompts: Sequence[Prompt]) -> list[Score]: ...
-    def score(self, prompts: Prompt | Sequence[Prompt]) -> Score | list[Score]:
+    def score(self, prompts: Sequence[Prompt], *, timeout: float | None = None) -> list[Score]: ...
+    def score(self, prompts: Prompt | Sequence[Prompt], *, timeout: float | None = None) -> Score | list[Score]:
         """How likely the model finds a text, or each of several: the log-probability of every token given those before it.
 
         Args:
             prompts: a prompt, or a sequence of prompts, each of two tokens or more and at most `context_size`.
+            timeout: as for `generate()`.
 
         Raises:
             InvalidOptionError: a prompt has one token only.
@@ -232,7 +318,7 @@ class Engine:
         """
         each, single = as_prompts(prompts)
         tokens = [self._tokens_of(prompt) for prompt in each]
-        rows, _ = self._values(tokens, self._native.submit_score)
+        rows, _ = self._values(tokens, timeout, self._native.submit_score)
         scores = [Score(tuple(prompt), row) for prompt, row in zip(tokens, rows, strict=True)]
         return scores[0] if single else scores
 
@@ -284,15 +370,16 @@ class Engine:
         return self._model.tokenize(prompt, parse_special=True) if isinstance(prompt, str) else token_ids(prompt)
 
     def _values(
-        self, prompts: Prompt | Sequence[Prompt], submit: Callable[[list[int], bool], _core.Generation]
+        self, prompts: Prompt | Sequence[Prompt], timeout: float | None, submit: Callable[..., _core.Generation]
     ) -> tuple[list[npt.NDArray[np.float32]], bool]:
         """What each prompt's request computed, and whether there was one prompt, not a sequence of them."""
         _logging.sync_level()
         each, single = as_prompts(prompts)
+        seconds = _seconds(timeout)
         requests: list[_core.Generation] = []
         try:
             for prompt in each:
-                requests.append(submit(self._tokens_of(prompt), bool(requests)))
+                requests.append(submit(self._tokens_of(prompt), timeout=seconds, wait_for_room=bool(requests)))
             return [request.take_values() for request in requests], single
         except BaseException:
             for request in requests:
@@ -378,6 +465,14 @@ def _params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, pr
     if len(params) != prompts:
         raise InvalidOptionError(f"params has {len(params)} entries for {prompts} prompts; give one for all, or one for each")
     return params
+
+
+def _seconds(timeout: object) -> float | None:
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, Real):
+        raise TypeError(f"timeout cannot be {timeout!r} ({type(timeout).__name__}); it must be a number of seconds")
+    return float(timeout)
 
 
 def _trained_context(path: StrPath) -> int:

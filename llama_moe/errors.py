@@ -17,6 +17,7 @@ __all__ = [
     "ModelLoadError",
     "PlacementError",
     "QueueFullError",
+    "RequestTimeoutError",
 ]
 
 
@@ -54,6 +55,10 @@ class ClosedError(LlamaMoeError):
 
 class CancelledError(LlamaMoeError):
     """The work was cancelled before it had a result."""
+
+
+class RequestTimeoutError(LlamaMoeError, TimeoutError):
+    """A request did not end within its `timeout`; the message says how far it was."""
 
 
 class InvalidOptionError(LlamaMoeError, ValueError):

@@ -3,67 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
+from . import _core
 from .errors import LlamaMoeError
 from .results import Completion, Token, make_completion
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
+    from typing import TypeAlias
 
     from typing_extensions import Self
 
-    from . import _core
     from .engine import Engine
 
+    TokenEntry: TypeAlias = tuple[int, str, float | None, list[tuple[int, str, float]] | None]
 
-class TokenStream(Iterator[Token]):
-    """Iterates over the tokens of one generation as they come; made by `Engine.stream()`.
+# What Token(*entry) does, in a third of the time.
+_plain_token: Callable[[TokenEntry], Token] = partial(tuple.__new__, Token)
 
-    The generation runs whether or not anybody reads. It is cancelled by `close()`, by leaving a `with` block, and when nobody refers to the
-    stream any more, so `for token in engine.stream(...)` may simply be left. An exception that interrupts the wait for a token, such as
-    KeyboardInterrupt, cancels it too. One thread at a time may read a stream; any may cancel it.
-    """
 
-    __slots__ = ("__weakref__", "_cancelled", "_completion", "_engine", "_failure", "_generation", "_tokens")
+def _token(entry: TokenEntry) -> Token:
+    token_id, text, logprob, top = entry
+    return Token(token_id, text, logprob, None if top is None else tuple(Token(*each) for each in top))
+
+
+class GenerationReader:
+    """What streams of both kinds are made of: the tokens that were read, those that came since, and how it ended."""
+
+    __slots__ = ("__weakref__", "_cancelled", "_completion", "_engine", "_exhausted", "_failure", "_generation", "_ready", "_tokens")
+
+    # In a forked child, tokens that came before the fork are not given out either: the stream belongs to the parent.
+    _forked: ClassVar[bool] = False
 
     def __init__(self, generation: _core.Generation, engine: Engine | None = None) -> None:
         self._generation = generation
         self._engine = engine  # an engine that nobody else refers to lives as long as its streams
         self._tokens: list[Token] = []
+        self._ready: deque[Token] = deque()
+        self._exhausted = False
         self._cancelled = False
         self._completion: Completion | None = None
         self._failure: str | None = None
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Token:
-        """The next token; waits for it.
-
-        Raises:
-            DecodeError: the generation failed.
-        """
-        if self._ended:
-            raise StopIteration
-        try:
-            item = self._generation.next()
-            if item is None:
-                self._completion = self._complete()
-        except LlamaMoeError as error:
-            # Not the exception itself: its traceback refers to this frame, and a cycle would keep the engine alive.
-            self._failure = f"{type(error).__name__}: {error}"
-            raise
-        except BaseException:
-            self.cancel()
-            raise
-        if item is None:
-            raise StopIteration
-        token_id, text, logprob, top = item
-        token = Token(token_id, text, logprob, None if top is None else tuple(Token(*entry) for entry in top))
-        self._tokens.append(token)
-        return token
 
     @property
     def completion(self) -> Completion:
@@ -84,6 +70,69 @@ class TokenStream(Iterator[Token]):
             self._cancelled = True
             self._generation.cancel()
 
+    def _fetch(self, *, wait: bool) -> bool:
+        """Takes what came since the last call, or the end. False: there was nothing, which is only so without `wait`."""
+        try:
+            if self._exhausted:  # and all of it was read, or will not be
+                self._complete()
+                return True
+            entries: list[TokenEntry]
+            entries, self._exhausted = self._generation.take(wait)
+            if entries and not self._cancelled:
+                self._ready.extend(map(_plain_token if entries[0][3] is None else _token, entries))
+            elif self._exhausted:
+                self._complete()
+        except LlamaMoeError as error:
+            # Not the exception itself: its traceback refers to this frame, and a cycle would keep the engine alive.
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
+        except BaseException:
+            self.cancel()
+            raise
+        return bool(entries) or self._exhausted
+
+    def _complete(self) -> None:
+        # A generation may end by itself just before it is cancelled, with tokens that nobody read.
+        self._completion = make_completion(self._tokens, self._generation.result(), cancelled=self._cancelled)
+
+    @property
+    def _ended(self) -> bool:
+        return self._completion is not None or self._failure is not None
+
+    def __repr__(self) -> str:
+        state = "running" if not self._ended else self._completion.finish_reason if self._completion else "failed"
+        return f"<{type(self).__name__} {state}, {len(self._tokens)} tokens read>"
+
+
+class TokenStream(GenerationReader, Iterator[Token]):
+    """Iterates over the tokens of one generation as they come; made by `Engine.stream()`.
+
+    The generation runs whether or not anybody reads. It is cancelled by `close()`, by leaving a `with` block, and when nobody refers to the
+    stream any more, so `for token in engine.stream(...)` may simply be left. An exception that interrupts the wait for a token, such as
+    KeyboardInterrupt, cancels it too. One thread at a time may read a stream; any may cancel it.
+    """
+
+    __slots__ = ()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Token:
+        """The next token; waits for it.
+
+        Raises:
+            DecodeError: the generation failed.
+            RequestTimeoutError: the generation's timeout passed.
+        """
+        ready = self._ready
+        while not ready or self._cancelled or self._forked:
+            if self._ended:
+                raise StopIteration
+            self._fetch(wait=True)
+        token = ready.popleft()
+        self._tokens.append(token)
+        return token
+
     def close(self) -> None:
         """Cancels the generation if it still runs; `completion` then has the tokens read so far. Idempotent."""
         self.cancel()
@@ -97,21 +146,15 @@ class TokenStream(Iterator[Token]):
             pass
         return self.completion
 
-    def _complete(self) -> Completion:
-        result = self._generation.result()
-        # A generation may end by itself just before it is cancelled, with tokens that nobody read.
-        return make_completion(self._tokens, result, cancelled=self._cancelled)
-
-    @property
-    def _ended(self) -> bool:
-        return self._completion is not None or self._failure is not None
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        state = "running" if not self._ended else self._completion.finish_reason if self._completion else "failed"
-        return f"<TokenStream {state}, {len(self._tokens)} tokens read>"
+
+def _after_fork() -> None:
+    GenerationReader._forked = _core.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -15,6 +15,8 @@
 #include "llama_moe/engine.h"
 #include "llama_moe/memory.h"
 #include "llama_moe/model.h"
+#include "llama_moe/notifier.h"
+#include "llama_moe/process.h"
 #include "llama_moe/wait.h"
 
 namespace py = pybind11;
@@ -29,6 +31,7 @@ void bind_placement(py::module_& m);
 void bind_model(py::module_& m);
 void bind_context(py::module_& m);
 void bind_sampling(py::module_& m);
+void bind_notifier(py::module_& m);
 void bind_engine(py::module_& m);
 
 // Hands queued log lines to the sink. Needs the GIL.
@@ -48,12 +51,17 @@ auto without_gil(Work&& work) {
     return work();
 }
 
-// Owns a core object whose destructor may wait for native threads: gives the GIL back meanwhile.
+// Owns a core object whose destructor may wait for native threads: gives the GIL back meanwhile. In a forked child those threads
+// do not exist, and what they used is left as it is.
 template <typename T>
 class Handle {
    public:
     explicit Handle(std::shared_ptr<T> native) : native_(std::move(native)) {}
     ~Handle() {
+        if (forked()) {
+            new std::shared_ptr<T>(std::move(native_));
+            return;
+        }
         py::gil_scoped_release release;
         native_.reset();
     }
@@ -72,6 +80,7 @@ using ModelHandle = Handle<Model>;
 using ContextHandle = Handle<Context>;
 using EngineHandle = Handle<Engine>;
 using GenerationHandle = Handle<Generation>;
+using NotifierHandle = Handle<Notifier>;
 
 using MemoryTuples = std::vector<std::tuple<std::string, std::string, std::uint64_t>>;
 MemoryTuples to_tuples(const std::vector<MemoryRow>& rows);

@@ -6,19 +6,43 @@
 namespace llama_moe::bindings {
 namespace {
 
-py::object to_python(const std::optional<GeneratedToken>& token) {
-    if (!token) {
-        return py::none();
-    }
+py::tuple to_python(const GeneratedToken& token) {
     py::object top = py::none();
-    if (token->logprob) {
+    if (token.logprob) {
         py::list entries;
-        for (const auto& entry : token->top) {
+        for (const auto& entry : token.top) {
             entries.append(py::make_tuple(entry.token, entry.text, entry.logprob));
         }
         top = std::move(entries);
     }
-    return py::make_tuple(token->id, token->text, token->logprob, std::move(top));
+    return py::make_tuple(token.id, token.text, token.logprob, std::move(top));
+}
+
+py::typing::Tuple<py::list, bool> to_python(const Delivered& delivered) {
+    py::list tokens(delivered.tokens.size());
+    for (std::size_t i = 0; i < delivered.tokens.size(); i++) {
+        PyList_SET_ITEM(tokens.ptr(), static_cast<Py_ssize_t>(i), to_python(delivered.tokens[i]).release().ptr());
+    }
+    return py::make_tuple(std::move(tokens), delivered.ended);
+}
+
+using OptionalNotifier = py::typing::Optional<NotifierHandle>;
+
+DeliveryOptions delivery_options(const std::optional<double>& timeout, const OptionalNotifier& notifier, std::uint64_t tag, bool wait_for_room) {
+    return {timeout, notifier.is_none() ? nullptr : notifier.cast<const NotifierHandle&>().get(), tag, wait_for_room};
+}
+
+// Adds a way to submit a request, with what all of them take for delivery behind its own arguments.
+template <typename... Arguments, typename Submit, typename... Extra>
+void def_submit(py::class_<EngineHandle>& engine, const char* name, Submit submit, const Extra&... extra) {
+    engine.def(
+        name,
+        [submit](const EngineHandle& handle, Arguments... arguments, const std::optional<double>& timeout, const OptionalNotifier& notifier,
+                 std::uint64_t tag, bool wait_for_room) {
+            const auto delivery = delivery_options(timeout, notifier, tag, wait_for_room);
+            return std::make_unique<GenerationHandle>(submit(handle, arguments..., delivery));
+        },
+        extra..., py::arg("timeout") = py::none(), py::arg("notifier") = py::none(), py::arg("tag") = 0, py::arg("wait_for_room") = false);
 }
 
 std::map<std::string, std::variant<std::uint64_t, double>> to_python(const EngineStats& stats) {
@@ -72,8 +96,11 @@ void bind_engine(py::module_& m) {
         .def_readonly("time_to_first_token", &GenerationResult::time_to_first_token);
 
     py::class_<GenerationHandle>(m, "Generation")
-        .def("next", [](const GenerationHandle& generation) { return to_python(without_gil([&] { return generation->next(poll_signals()); })); })
+        .def(
+            "take", [](const GenerationHandle& generation, bool wait) { return to_python(without_gil([&] { return generation->take(wait, poll_signals()); })); },
+            py::arg("wait"))
         .def("cancel", [](const GenerationHandle& generation) { without_gil([&] { generation->cancel(); }); })
+        .def("check_lost", [](const GenerationHandle& generation) { without_gil([&] { generation->check_lost(); }); })
         .def("result", [](const GenerationHandle& generation) { return generation->result(); })
         .def(
             "take_values",
@@ -82,7 +109,8 @@ void bind_engine(py::module_& m) {
             },
             py::arg("width") = py::none());
 
-    py::class_<EngineHandle>(m, "Engine")
+    py::class_<EngineHandle> engine(m, "Engine");
+    engine
         .def(py::init([](const ModelHandle& model, const EngineOptions& options) {
                  return std::make_unique<EngineHandle>(
                      without_gil([&, native = model.get()] { return Engine::create(native, options, nullptr, poll_signals()); }));
@@ -101,35 +129,6 @@ void bind_engine(py::module_& m) {
                     without_gil([&, native = model.get()] { return Engine::create_idle(native, options, poll_signals()); }));
             },
             py::arg("model"), py::arg("options"))
-        .def(
-            "submit",
-            [](const EngineHandle& engine, const std::string& prompt, const SamplingOptions& sampling, bool wait) {
-                return std::make_unique<GenerationHandle>(without_gil([&] { return engine->submit(prompt, sampling, wait, poll_signals()); }));
-            },
-            py::arg("prompt"), py::arg("sampling"), py::arg("wait") = false)
-        .def(
-            "submit",
-            [](const EngineHandle& engine, const py::object& prompt, const SamplingOptions& sampling, bool wait) {
-                auto tokens = to_integers(prompt, "prompt");
-                return std::make_unique<GenerationHandle>(without_gil([&] { return engine->submit(std::move(tokens), sampling, wait, poll_signals()); }));
-            },
-            py::arg("prompt"), py::arg("sampling"), py::arg("wait") = false)
-        .def(
-            "submit_score",
-            [](const EngineHandle& engine, const py::object& prompt, bool wait) {
-                auto tokens = to_integers(prompt, "prompt");
-                return std::make_unique<GenerationHandle>(without_gil([&] { return engine->submit_score(std::move(tokens), wait, poll_signals()); }));
-            },
-            py::arg("prompt"), py::arg("wait") = false)
-        .def(
-            "submit_embed",
-            [](const EngineHandle& engine, const py::object& prompt, const std::string& pooling, bool normalise, bool wait) {
-                auto tokens = to_integers(prompt, "prompt");
-                const EmbeddingOptions options{parse_pooling(pooling), normalise};
-                return std::make_unique<GenerationHandle>(
-                    without_gil([&] { return engine->submit_embed(std::move(tokens), options, wait, poll_signals()); }));
-            },
-            py::arg("prompt"), py::arg("pooling"), py::arg("normalise"), py::arg("wait") = false)
         .def(
             "save_prefix",
             [](const EngineHandle& engine, const py::object& prompt) {
@@ -157,6 +156,34 @@ void bind_engine(py::module_& m) {
         .def_property_readonly("threads_batch", [](const EngineHandle& engine) { return engine->limits().threads_batch; })
         .def("close", [](const EngineHandle& engine) { without_gil([&] { engine->close(); }); })
         .def_property_readonly("closed", [](const EngineHandle& engine) { return engine->closed(); });
+    def_submit<const std::string&, const SamplingOptions&>(
+        engine, "submit",
+        [](const EngineHandle& handle, const std::string& prompt, const SamplingOptions& sampling, const DeliveryOptions& delivery) {
+            return without_gil([&] { return handle->submit(prompt, sampling, delivery, poll_signals()); });
+        },
+        py::arg("prompt"), py::arg("sampling"));
+    def_submit<const py::object&, const SamplingOptions&>(
+        engine, "submit",
+        [](const EngineHandle& handle, const py::object& prompt, const SamplingOptions& sampling, const DeliveryOptions& delivery) {
+            auto tokens = to_integers(prompt, "prompt");
+            return without_gil([&] { return handle->submit(std::move(tokens), sampling, delivery, poll_signals()); });
+        },
+        py::arg("prompt"), py::arg("sampling"));
+    def_submit<const py::object&>(
+        engine, "submit_score",
+        [](const EngineHandle& handle, const py::object& prompt, const DeliveryOptions& delivery) {
+            auto tokens = to_integers(prompt, "prompt");
+            return without_gil([&] { return handle->submit_score(std::move(tokens), delivery, poll_signals()); });
+        },
+        py::arg("prompt"));
+    def_submit<const py::object&, const std::string&, bool>(
+        engine, "submit_embed",
+        [](const EngineHandle& handle, const py::object& prompt, const std::string& pooling, bool normalise, const DeliveryOptions& delivery) {
+            auto tokens = to_integers(prompt, "prompt");
+            const EmbeddingOptions options{parse_pooling(pooling), normalise};
+            return without_gil([&] { return handle->submit_embed(std::move(tokens), options, delivery, poll_signals()); });
+        },
+        py::arg("prompt"), py::arg("pooling"), py::arg("normalise"));
 }
 
 }  // namespace llama_moe::bindings

@@ -33,6 +33,8 @@ void bind_errors(py::module_& /*m*/) {
             raise(kErrors, "ClosedError", e.what());
         } catch (const CancelledError& e) {
             raise(kErrors, "CancelledError", e.what());
+        } catch (const TimeoutError& e) {
+            raise(kErrors, "RequestTimeoutError", e.what());
         } catch (const InvalidOptionError& e) {
             raise(kErrors, "InvalidOptionError", e.what());
         } catch (const FileNotFoundError& e) {

@@ -42,10 +42,15 @@ PYBIND11_MODULE(_core, m) {
     bind_model(m);
     bind_context(m);
     bind_sampling(m);
+    bind_notifier(m);
     bind_engine(m);
     m.def("live_objects", [] {
         const auto& live = llama_moe::live_objects();
-        return std::map<std::string, int>{
-            {"models", live.models}, {"contexts", live.contexts}, {"engines", live.engines}, {"generations", live.generations}};
+        return std::map<std::string, int>{{"models", live.models},
+                                          {"contexts", live.contexts},
+                                          {"engines", live.engines},
+                                          {"generations", live.generations},
+                                          {"notifiers", live.notifiers}};
     });
+    m.def("forked", &llama_moe::forked);
 }

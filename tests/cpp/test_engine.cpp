@@ -100,13 +100,27 @@ struct Output {
 
 Output read(Generation& generation) {
     Output output;
-    while (auto token = generation.next()) {
-        output.tokens.push_back(token->id);
-        output.text += token->text;
-        output.pieces.push_back(std::move(*token));
+    for (bool ended = false; !ended;) {
+        auto delivered = generation.take(/*wait=*/true);
+        for (auto& token : delivered.tokens) {
+            output.tokens.push_back(token.id);
+            output.text += token.text;
+            output.pieces.push_back(std::move(token));
+        }
+        ended = delivered.ended;
     }
     output.result = generation.result();
     return output;
+}
+
+// Waits for tokens; false at the end.
+bool more(Generation& generation, const Poll& poll = {}) {
+    return !generation.take(/*wait=*/true, poll).tokens.empty();
+}
+
+void read_to_end(Generation& generation) {
+    while (more(generation)) {
+    }
 }
 
 Output generate(Engine& engine, const std::vector<std::int32_t>& prompt, const SamplingOptions& sampling) {
@@ -267,7 +281,7 @@ TEST_CASE("a long prompt goes in beside those who generate, one micro-batch a st
     options.micro_batch_size = 8;
     const auto engine = Engine::create(model(), options);
     const auto running = engine->submit(prompt_of(5), greedy(std::nullopt));
-    REQUIRE(running->next().has_value());
+    REQUIRE(more(*running));
     const auto before = engine->stats();
     const auto output = generate(*engine, prompt_of(80, 1), greedy(1));
     const auto after = engine->stats();
@@ -405,11 +419,11 @@ TEST_CASE("cancel in the middle ends a generation, keeps the others and frees it
     const auto first = engine->submit(prompt_of(5), greedy(std::nullopt));
     const auto second = engine->submit(prompt_of(5, 1), greedy(60));
     const auto waiting = engine->submit(prompt_of(5, 2), greedy(5));
-    REQUIRE(first->next().has_value());
+    REQUIRE(more(*first));
     CHECK_THROWS(Error, second->result());  // still running
     first->cancel();
     first->cancel();
-    CHECK(!first->next());
+    CHECK(!more(*first));
     CHECK_EQ(first->result().finish_reason, "cancelled");
     CHECK(first->result().completion_tokens >= 1);
     CHECK_EQ(read(*waiting).tokens, reference_tokens(prompt_of(5, 2), 5));
@@ -422,7 +436,7 @@ TEST_CASE("a request that waits can be cancelled before it starts") {
     REQUIRE(test::eventually([&] { return engine->stats().requests_running == 1; }));
     const auto waiting = engine->submit(prompt_of(5), greedy(5));
     waiting->cancel();
-    CHECK(!waiting->next());
+    CHECK(!more(*waiting));
     CHECK_EQ(waiting->result().finish_reason, "cancelled");
     CHECK_EQ(waiting->result().completion_tokens, 0);
     CHECK_EQ(engine->stats().requests_waiting, 0u);
@@ -436,7 +450,7 @@ TEST_CASE("cancel stops a long prompt in its middle, and the engine goes on") {
     const auto generation = engine->submit(prompt_of(15'000), greedy(5));
     REQUIRE(test::eventually([&] { return engine->stats().requests_running == 1; }));
     generation->cancel();
-    CHECK(!generation->next());
+    CHECK(!more(*generation));
     CHECK_EQ(generate(*engine, prompt_of(5), greedy(5)).tokens, expected);
     CHECK(engine->stats().prompt_tokens < before.prompt_tokens + 15'000);
 }
@@ -444,7 +458,7 @@ TEST_CASE("cancel stops a long prompt in its middle, and the engine goes on") {
 TEST_CASE("a poll that throws leaves the wait and nothing else") {
     const auto engine = make_slow_engine();
     const auto generation = engine->submit(prompt_of(2'500), greedy(2));
-    CHECK_THROWS(Interrupt, generation->next([] { throw Interrupt(); }));
+    CHECK_THROWS(Interrupt, more(*generation, [] { throw Interrupt(); }));
     CHECK_EQ(read(*generation).tokens.size(), 2u);
 }
 
@@ -453,7 +467,7 @@ TEST_CASE("dropping a generation cancels it") {
     const auto engine = make_engine(1);
     auto generation = engine->submit(prompt_of(5), greedy(std::nullopt));
     CHECK_EQ(live_objects().generations, generations + 1);
-    generation->next();
+    more(*generation);
     generation.reset();
     CHECK_EQ(live_objects().generations, generations);
     CHECK_EQ(generate(*engine, prompt_of(5), greedy(3)).tokens.size(), 3u);
@@ -466,14 +480,13 @@ TEST_CASE("close cancels what runs and what waits, and later use is a ClosedErro
     const auto first = engine->submit(prompt_of(5), greedy(std::nullopt));
     const auto second = engine->submit(prompt_of(5, 1), greedy(std::nullopt));
     const auto waiting = engine->submit(prompt_of(5, 2), greedy(5));
-    REQUIRE(first->next().has_value());
+    REQUIRE(more(*first));
     CHECK(!engine->closed());
     engine->close();
     engine->close();
     CHECK(engine->closed());
     for (auto* generation : {first.get(), second.get(), waiting.get()}) {
-        while (generation->next()) {
-        }
+        read_to_end(*generation);
         CHECK_EQ(generation->result().finish_reason, "cancelled");
     }
     const auto stats = engine->stats();
@@ -494,7 +507,7 @@ TEST_CASE("close stops a long prompt in its middle") {
     const auto generation = engine->submit(prompt_of(15'000), greedy(5));
     REQUIRE(test::eventually([&] { return engine->stats().requests_running == 1; }));
     engine->close();
-    CHECK(!generation->next());
+    CHECK(!more(*generation));
     CHECK_EQ(generation->result().finish_reason, "cancelled");
     CHECK_EQ(engine->stats().prompt_tokens, 0u);
 }
@@ -505,7 +518,7 @@ TEST_CASE("close from another thread wakes who waits for a token") {
     std::promise<void> waits;
     std::thread reader([&] {
         bool told = false;
-        CHECK(!generation->next([&] {
+        CHECK(!more(*generation, [&] {
             if (!std::exchange(told, true)) {
                 waits.set_value();
             }
@@ -526,12 +539,11 @@ TEST_CASE("many threads may submit, cancel and close at the same time") {
                 try {
                     for (int k = 0; k < 100; k++) {
                         const auto generation = engine->submit(prompt_of(4, i), greedy(20));
-                        generation->next();
+                        more(*generation);
                         if (k % 2 == 0) {
                             generation->cancel();
                         }
-                        while (generation->next()) {
-                        }
+                        read_to_end(*generation);
                         generation->result();
                         if (i == 0 && k == round) {
                             engine->close();
@@ -552,10 +564,9 @@ TEST_CASE("many threads may submit, cancel and close at the same time") {
 TEST_CASE("a generation outlives its engine object") {
     auto engine = make_engine(1);
     auto generation = engine->submit(prompt_of(5), greedy(std::nullopt));
-    generation->next();
+    more(*generation);
     engine.reset();
-    while (generation->next()) {
-    }
+    read_to_end(*generation);
     CHECK_EQ(generation->result().finish_reason, "cancelled");
 }
 
@@ -568,12 +579,11 @@ TEST_CASE("closing a model closes its engines and frees its weights") {
     auto sampling = greedy(std::nullopt);
     sampling.dry_multiplier = 1.0f;  // a sampler that was made with the vocabulary
     auto generation = engine->submit(prompt_of(5), sampling);
-    REQUIRE(generation->next().has_value());
+    REQUIRE(more(*generation));
     own_model->close();
     CHECK(engine->closed());
     CHECK(loaded.expired());  // although the engine and the generation are still there
-    while (generation->next()) {
-    }
+    read_to_end(*generation);
     CHECK_EQ(generation->result().finish_reason, "cancelled");
     CHECK_THROWS(ClosedError, engine->submit(prompt_of(5), greedy(1)));
     generation.reset();
@@ -623,7 +633,7 @@ TEST_CASE("engines come and go without leaving anything") {
     for (int i = 0; i < 10; i++) {
         const auto engine = make_engine(2);
         const auto generation = engine->submit(prompt_of(5), greedy(3));
-        generation->next();
+        more(*generation);
     }
     CHECK_EQ(live_objects().engines, engines);
     CHECK_EQ(live_objects().generations, generations);
@@ -654,13 +664,10 @@ ISOLATED_TEST_CASE("when a worker dies its engine fails, and the process and oth
     const auto engine = Engine::create(remote_model, options_of(2, 8 * 1024));
     const auto running = engine->submit(prompt_of(5), greedy(std::nullopt));
     const auto beside = engine->submit(prompt_of(5, 1), greedy(std::nullopt));
-    REQUIRE(running->next().has_value());
+    REQUIRE(more(*running));
     worker.kill();
     for (auto* generation : {running.get(), beside.get()}) {
-        CHECK_THROWS(DecodeError, [&] {
-            while (generation->next()) {
-            }
-        }());
+        CHECK_THROWS(DecodeError, read_to_end(*generation));
     }
     CHECK_THROWS(DecodeError, engine->submit(prompt_of(5), greedy(1)));
     CHECK_EQ(generate(*other, prompt_of(20), greedy(30)).tokens, expected);
@@ -686,12 +693,9 @@ ISOLATED_TEST_CASE("a worker that died is not used again, and engines on another
     const auto engine = engine_on("RPC0", 8 * 1024);
     const auto failing = engine->submit(prompt_of(5), greedy(std::nullopt));
     const auto running = other->submit(prompt_of(20), greedy(30));
-    REQUIRE(failing->next().has_value());
+    REQUIRE(more(*failing));
     dying.kill();
-    CHECK_THROWS(DecodeError, [&] {
-        while (failing->next()) {
-        }
-    }());
+    CHECK_THROWS(DecodeError, read_to_end(*failing));
     CHECK_EQ(read(*running).tokens, expected);
     CHECK_EQ(generate(*other, prompt_of(20), greedy(30)).tokens, expected);
     for (const auto& device : devices()) {  // asking the dead one for its memory would never return
@@ -708,7 +712,7 @@ ISOLATED_TEST_CASE("an engine that was given up stays given up, although its cal
     const auto generation = engine->submit(prompt_of(12'000), greedy(5));
     // Again each time, as the call may not have begun at the first.
     const auto abort_elsewhere = [] { std::thread([] { GGML_ABORT("another device died"); }).detach(); };
-    CHECK(contains(CHECK_THROWS(DecodeError, generation->next(abort_elsewhere)), "another device died"));
+    CHECK(contains(CHECK_THROWS(DecodeError, more(*generation, abort_elsewhere)), "another device died"));
     CHECK_THROWS(DecodeError, engine->submit(prompt_of(5), greedy(1)));
     generation->cancel();  // the call returns
     engine->close();

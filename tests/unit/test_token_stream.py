@@ -13,20 +13,27 @@ Entry = tuple[int, str, float | None, list[tuple[int, str, float]] | None]
 
 
 class Generation:
-    """Gives what a native generation would."""
+    """Gives what a native generation would: some tokens at a time, then the end, alone or with the last of them."""
 
-    def __init__(self, *steps: Entry | BaseException, finish_reason: str = "stop") -> None:
+    def __init__(self, *steps: Entry | BaseException, finish_reason: str = "stop", at_once: int = 1, end_comes_alone: bool = True) -> None:
         self.steps: list[Entry | BaseException] = list(steps)
         self.finish_reason = finish_reason
+        self.at_once = at_once
+        self.end_comes_alone = end_comes_alone
         self.cancelled = False
 
-    def next(self) -> Entry | None:
+    def take(self, wait: bool) -> tuple[list[Entry], bool]:
+        assert wait
         if self.cancelled or not self.steps:
-            return None
-        step = self.steps.pop(0)
-        if isinstance(step, BaseException):
-            raise step
-        return step
+            return [], True
+        entries: list[Entry] = []
+        while self.steps and len(entries) < self.at_once:
+            if isinstance(self.steps[0], BaseException):
+                break
+            entries.append(cast("Entry", self.steps.pop(0)))
+        if not entries:
+            raise cast("BaseException", self.steps.pop(0))
+        return entries, not (self.steps or self.end_comes_alone)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -52,8 +59,10 @@ def entries(*texts: str) -> Iterable[Entry]:
     return [(number, text, None, None) for number, text in enumerate(texts)]
 
 
-def test_the_completion_is_what_was_streamed() -> None:
-    stream = stream_of(Generation(*entries("Hel", "", "lo"), finish_reason="length"))
+@pytest.mark.parametrize("end_comes_alone", [True, False])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 10])
+def test_the_completion_is_what_was_streamed(at_once: int, end_comes_alone: bool) -> None:
+    stream = stream_of(Generation(*entries("Hel", "", "lo"), finish_reason="length", at_once=at_once, end_comes_alone=end_comes_alone))
     assert "".join(map(str, stream)) == "Hello"
     completion = stream.completion
     assert str(completion) == completion.text == "Hello"
@@ -89,6 +98,22 @@ def test_closing_cancels_and_keeps_what_was_read() -> None:
     assert stream.completion.finish_reason == "cancelled"
     stream.close()
     assert list(stream) == []
+
+
+@pytest.mark.parametrize("end_comes_alone", [True, False])
+def test_tokens_that_came_but_were_not_read_are_not_read_after_a_cancel(end_comes_alone: bool) -> None:
+    stream = stream_of(Generation(*entries("a", "b", "c"), at_once=3, end_comes_alone=end_comes_alone))
+    next(stream)
+    stream.cancel()
+    assert list(stream) == []
+    assert (stream.completion.text, stream.completion.finish_reason) == ("a", "cancelled")
+
+
+def test_a_failure_comes_after_the_tokens_before_it() -> None:
+    stream = stream_of(Generation(*entries("a", "b"), DecodeError("no memory"), at_once=5))
+    assert [str(next(stream)), str(next(stream))] == ["a", "b"]
+    with pytest.raises(DecodeError, match="no memory"):
+        next(stream)
 
 
 def test_closing_after_the_end_changes_nothing() -> None:

@@ -7,6 +7,7 @@
 #include "llama_moe/error.h"
 #include "llama_moe/live_objects.h"
 #include "llama_moe/log.h"
+#include "llama_moe/process.h"
 #include "native_context.h"
 #include "native_thread.h"
 #include "saved_state.h"
@@ -171,6 +172,7 @@ void Context::State::decode_chunk(const DecodeInput& input, std::size_t begin, s
 }
 
 std::shared_ptr<Context> Context::create(const std::shared_ptr<Model>& model, const ContextOptions& options, const Poll& poll) {
+    require_same_process("the model");
     options.validate();
     auto loaded = model->acquire();
     std::shared_ptr<Context> context(new Context);
@@ -193,6 +195,7 @@ Context::~Context() {
 }
 
 void Context::run(const std::function<void(State&)>& task, const Poll& poll) {
+    require_same_process("the context");
     auto state = state_;
     if (state->closed) {
         throw ClosedError("the context is closed");
@@ -346,7 +349,7 @@ std::vector<BreakdownRow> Context::breakdown(const Poll& poll) {
 }
 
 void Context::close() {
-    if (!state_ || state_->closed.exchange(true)) {
+    if (forked() || !state_ || state_->closed.exchange(true)) {
         return;
     }
     try {
@@ -362,7 +365,7 @@ void Context::close() {
 }
 
 bool Context::closed() const {
-    return state_->closed;
+    return forked() || state_->closed;
 }
 
 }  // namespace llama_moe

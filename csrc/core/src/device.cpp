@@ -11,6 +11,7 @@
 #include "llama.h"
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
+#include "llama_moe/process.h"
 #include "native_thread.h"
 #include "tcp.h"
 
@@ -65,6 +66,8 @@ std::vector<ggml_backend_dev_t> all_devices() {
 }  // namespace
 
 void start_backend() {
+    belong_to_this_process();
+    require_same_process("llama.cpp");
     static std::once_flag once;
     std::call_once(once, [] {
         capture_native_log();

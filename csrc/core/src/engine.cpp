@@ -6,6 +6,7 @@
 #include "idle_decoder.h"
 #include "llama_moe/error.h"
 #include "llama_moe/live_objects.h"
+#include "llama_moe/process.h"
 #include "native_decoder.h"
 #include "native_thread.h"
 #include "saved_state.h"
@@ -62,6 +63,18 @@ SavedPrefix unpack_prefix(const EngineOptions& options, const std::string& data)
     return prefix;
 }
 
+// Counts this thread among those that a change has to wake.
+class WaitingThread {
+   public:
+    explicit WaitingThread(Request& request) : request_(request) { request_.waiting_threads++; }
+    ~WaitingThread() { request_.waiting_threads--; }
+    WaitingThread(const WaitingThread&) = delete;
+    WaitingThread& operator=(const WaitingThread&) = delete;
+
+   private:
+    Request& request_;
+};
+
 }  // namespace
 
 void EngineOptions::validate() const {
@@ -99,28 +112,61 @@ Generation::~Generation() {
     live_objects().generations--;
 }
 
-std::optional<GeneratedToken> Generation::next(const Poll& poll) {
+Delivered Generation::take(bool wait, const Poll& poll) {
+    require_same_process("the generation");
     const auto check = [&] {
         engine_->check_lost();
         if (poll) {
             poll();
         }
     };
-    std::unique_lock<std::mutex> lock(request_->mutex);
-    wait_with_poll(request_->changed, lock, check, [&] { return request_->finished || !request_->ready.empty(); });
-    if (!request_->ready.empty() && !request_->cancelled) {
-        auto token = std::move(request_->ready.front());
-        request_->ready.pop_front();
-        return token;
+    Request& request = *request_;
+    std::unique_lock<std::mutex> lock(request.mutex);
+    const auto has_news = [&] { return request.finished || !request.ready.empty(); };
+    if (wait) {
+        const WaitingThread waiting(request);
+        wait_with_poll(request.changed, lock, check, has_news, request.deadline);
     }
-    if (request_->error) {
-        std::rethrow_exception(request_->error);
+    if (!has_news() && request.past_deadline()) {
+        lock.unlock();
+        request.fail_by_timeout();
+        engine_->cancel(request);
+        lock.lock();
     }
-    return std::nullopt;
+    Delivered delivered;
+    if (!request.cancelled) {
+        delivered.tokens.swap(request.ready);
+    }
+    if (delivered.tokens.empty() && request.error) {
+        std::rethrow_exception(request.error);
+    }
+    delivered.ended = request.finished && !request.error;
+    request.notify = !wait && request.notifier && delivered.tokens.empty() && !delivered.ended;
+    return delivered;
+}
+
+void Generation::cancel() {
+    if (!forked()) {
+        engine_->cancel(*request_);
+    }
+}
+
+void Generation::check_lost() {
+    require_same_process("the generation");
+    engine_->check_lost();
+}
+
+GenerationResult Generation::result() const {
+    require_same_process("the generation");
+    std::lock_guard<std::mutex> lock(request_->mutex);
+    if (!request_->finished) {
+        throw Error("the generation is still running; read it to its end or cancel it first");
+    }
+    return request_->result;
 }
 
 void Generation::wait(const Poll& poll) {
-    if (next(poll) || request_->cancelled) {
+    if (!take(true, poll).ended || request_->cancelled) {
         throw CancelledError("the request was cancelled before it had a result");
     }
 }
@@ -133,18 +179,6 @@ std::vector<float> Generation::take_values(const Poll& poll) {
 std::string Generation::take_state(const Poll& poll) {
     wait(poll);
     return std::move(request_->state);
-}
-
-void Generation::cancel() {
-    engine_->cancel(*request_);
-}
-
-GenerationResult Generation::result() const {
-    std::lock_guard<std::mutex> lock(request_->mutex);
-    if (!request_->finished) {
-        throw Error("the generation is still running; read it to its end or cancel it first");
-    }
-    return request_->result;
 }
 
 std::shared_ptr<Engine> Engine::start(const std::shared_ptr<Model>& model, const EngineOptions& options, std::shared_ptr<EngineCore> core,
@@ -162,6 +196,7 @@ std::shared_ptr<Engine> Engine::start(const std::shared_ptr<Model>& model, const
 
 std::shared_ptr<Engine> Engine::create(const std::shared_ptr<Model>& model, const EngineOptions& options, const std::shared_ptr<Model>& draft_model,
                                        const Poll& poll) {
+    require_same_process("the model");
     options.validate();
     const auto loaded = model->acquire();
     const auto loaded_draft = draft_model ? draft_model->acquire() : nullptr;
@@ -181,6 +216,7 @@ std::shared_ptr<Engine> Engine::create(const std::shared_ptr<Model>& model, cons
 }
 
 std::shared_ptr<Engine> Engine::create_idle(const std::shared_ptr<Model>& model, const EngineOptions& options, const Poll& poll) {
+    require_same_process("the model");
     options.validate();
     const auto loaded = model->acquire();
     const auto make_decoder = [vocab_size = model->vocab_size(), token = model->tokenize("a", false, false).back(),
@@ -196,6 +232,7 @@ Engine::~Engine() {
 }
 
 void Engine::check_prompt(const std::vector<std::int32_t>& prompt) const {
+    require_same_process("the engine");
     if (closed()) {
         throw ClosedError("the engine is closed");
     }
@@ -216,42 +253,46 @@ void Engine::check_prompt(const std::vector<std::int32_t>& prompt) const {
 }
 
 std::unique_ptr<Generation> Engine::submit(RequestKind kind, std::vector<std::int32_t> prompt, const SamplingOptions& sampling,
-                                           const EmbeddingOptions& embedding, bool wait, const Poll& poll) {
+                                           const EmbeddingOptions& embedding, const DeliveryOptions& delivery, const Poll& poll) {
     sampling.validate();
+    delivery.validate();
     check_prompt(prompt);
     const auto loaded = model_->acquire();  // the vocabulary stays while a sampler is made with it
     const NativeScope scope;
-    auto request = std::make_shared<Request>(kind, std::move(prompt), sampling, core_->vocabulary(), limits_.context_size);
+    auto request = std::make_shared<Request>(kind, std::move(prompt), sampling, core_->vocabulary(), limits_.context_size, delivery);
     request->embedding = embedding;
-    core_->submit(request, wait, poll);
+    core_->submit(request, delivery.wait_for_room, poll);
     return std::make_unique<Generation>(core_, std::move(request));
 }
 
-std::unique_ptr<Generation> Engine::submit(std::vector<std::int32_t> prompt, const SamplingOptions& sampling, bool wait, const Poll& poll) {
-    return submit(RequestKind::generate, std::move(prompt), sampling, {}, wait, poll);
+std::unique_ptr<Generation> Engine::submit(std::vector<std::int32_t> prompt, const SamplingOptions& sampling, const DeliveryOptions& delivery,
+                                           const Poll& poll) {
+    return submit(RequestKind::generate, std::move(prompt), sampling, {}, delivery, poll);
 }
 
-std::unique_ptr<Generation> Engine::submit(const std::string& prompt, const SamplingOptions& sampling, bool wait, const Poll& poll) {
+std::unique_ptr<Generation> Engine::submit(const std::string& prompt, const SamplingOptions& sampling, const DeliveryOptions& delivery, const Poll& poll) {
+    require_same_process("the engine");
     if (closed()) {
         throw ClosedError("the engine is closed");
     }
-    return submit(model_->tokenize(prompt, /*add_special=*/true, /*parse_special=*/true), sampling, wait, poll);
+    return submit(model_->tokenize(prompt, /*add_special=*/true, /*parse_special=*/true), sampling, delivery, poll);
 }
 
-std::unique_ptr<Generation> Engine::submit_score(std::vector<std::int32_t> prompt, bool wait, const Poll& poll) {
+std::unique_ptr<Generation> Engine::submit_score(std::vector<std::int32_t> prompt, const DeliveryOptions& delivery, const Poll& poll) {
     if (prompt.size() == 1) {
         throw InvalidOptionError("a score needs at least two tokens: the first has no probability, since nothing comes before it");
     }
-    return submit(RequestKind::score, std::move(prompt), {}, {}, wait, poll);
+    return submit(RequestKind::score, std::move(prompt), {}, {}, delivery, poll);
 }
 
-std::unique_ptr<Generation> Engine::submit_embed(std::vector<std::int32_t> prompt, const EmbeddingOptions& embedding, bool wait, const Poll& poll) {
-    return submit(RequestKind::embed, std::move(prompt), {}, embedding, wait, poll);
+std::unique_ptr<Generation> Engine::submit_embed(std::vector<std::int32_t> prompt, const EmbeddingOptions& embedding, const DeliveryOptions& delivery,
+                                                 const Poll& poll) {
+    return submit(RequestKind::embed, std::move(prompt), {}, embedding, delivery, poll);
 }
 
 std::string Engine::save_prefix(std::vector<std::int32_t> prompt, const Poll& poll) {
     const auto fingerprint = model_->acquire()->fingerprint;
-    auto generation = submit(RequestKind::save, prompt, {}, {}, false, poll);
+    auto generation = submit(RequestKind::save, prompt, {}, {}, {}, poll);
     return pack_prefix(options_, fingerprint, prompt, generation->take_state(poll));
 }
 
@@ -281,6 +322,7 @@ std::vector<BreakdownRow> Engine::breakdown(const Poll& poll) {
 }
 
 EngineStats Engine::stats() const {
+    require_same_process("the engine");
     return core_->stats();
 }
 
@@ -289,13 +331,13 @@ int Engine::embedding_size() const {
 }
 
 void Engine::close() {
-    if (core_) {
+    if (core_ && !forked()) {
         core_->close();
     }
 }
 
 bool Engine::closed() const {
-    return core_->closed();
+    return forked() || core_->closed();
 }
 
 }  // namespace llama_moe

@@ -4,6 +4,7 @@
 
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
+#include "llama_moe/process.h"
 
 namespace llama_moe {
 
@@ -130,16 +131,15 @@ void EngineCore::run_tasks() {
 
 void EngineCore::admit() {
     std::lock_guard<std::mutex> lock(mutex_);
-    bool admitted = false;
+    const auto dropped = std::remove_if(waiting_.begin(), waiting_.end(), [](const auto& request) { return request->given_up(); });
+    bool admitted = dropped != waiting_.end();
+    ended_waiting_ += static_cast<std::uint64_t>(waiting_.end() - dropped);
+    waiting_.erase(dropped, waiting_.end());
     while (!waiting_.empty() && scheduler_->accepts()) {
         auto request = std::move(waiting_.front());
         waiting_.pop_front();
         admitted = true;
-        if (request->cancelled) {
-            ended_waiting_++;
-        } else {
-            scheduler_->admit(std::move(request));
-        }
+        scheduler_->admit(std::move(request));
     }
     if (admitted) {
         running_ = scheduler_->running();
@@ -232,6 +232,7 @@ void EngineCore::cancel(Request& request) {
 }
 
 void EngineCore::run(std::function<void(Decoder&, Scheduler&)> work, const Poll& poll) {
+    require_same_process("the engine");
     auto task = std::make_shared<Task>();
     task->work = std::move(work);
     std::unique_lock<std::mutex> lock(mutex_);

@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "llama.h"
+#include "llama_moe/process.h"
 
 namespace llama_moe {
 namespace {
@@ -90,13 +91,16 @@ void set_log_level(int level) {
 }
 
 void log_line(LogLevel level, std::string text) {
+    if (forked()) {  // the lock may be one that nobody will give back
+        return;
+    }
     auto& log = queue();
     std::lock_guard<std::mutex> lock(log.mutex);
     append(log, static_cast<int>(level), std::move(text));
 }
 
 bool has_log() {
-    return g_has_lines.load(std::memory_order_acquire);
+    return g_has_lines.load(std::memory_order_acquire) && !forked();
 }
 
 std::vector<LogLine> take_log() {

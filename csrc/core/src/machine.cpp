@@ -11,6 +11,7 @@
 #include "ggml-backend.h"
 #include "llama.h"
 #include "llama_moe/device.h"
+#include "llama_moe/process.h"
 #include "machine.h"
 
 #ifndef LLAMA_MOE_VERSION
@@ -90,7 +91,9 @@ int usable_cores() {
 }
 
 std::vector<std::pair<std::string, std::string>> build_info() {
-    start_backend();
+    if (!forked()) {  // a child may read what was started before
+        start_backend();
+    }
     std::string backends;
     for (std::size_t i = 0; i < ggml_backend_reg_count(); i++) {
         backends += (i == 0 ? "" : " ") + std::string(ggml_backend_reg_name(ggml_backend_reg_get(i)));

@@ -12,6 +12,7 @@
 #include "llama_moe/device.h"
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
+#include "llama_moe/process.h"
 #include "loaded_model.h"
 #include "machine.h"
 #include "native_thread.h"
@@ -262,6 +263,7 @@ Model::~Model() {
 }
 
 std::shared_ptr<LoadedModel> Model::acquire() const {
+    require_same_process("the model");
     std::lock_guard<std::mutex> lock(mutex_);
     if (!loaded_) {
         throw ClosedError("the model '" + path_ + "' is closed");
@@ -279,6 +281,9 @@ void Model::add_user(const std::shared_ptr<ModelUser>& user) {
 }
 
 void Model::close() {
+    if (forked()) {
+        return;
+    }
     std::shared_ptr<LoadedModel> loaded;
     std::vector<std::weak_ptr<ModelUser>> users;
     {
@@ -294,6 +299,9 @@ void Model::close() {
 }
 
 bool Model::closed() const {
+    if (forked()) {
+        return true;
+    }
     std::lock_guard<std::mutex> lock(mutex_);
     return loaded_ == nullptr;
 }

@@ -7,6 +7,7 @@
 #include "failed_devices.h"
 #include "ggml.h"
 #include "llama_moe/log.h"
+#include "llama_moe/process.h"
 
 namespace llama_moe {
 namespace {
@@ -182,6 +183,7 @@ bool NativeThread::lost() const {
 }
 
 void NativeThread::run(std::function<void()> task, const Poll& poll, const std::function<void()>& interrupt) {
+    require_same_process("this object");
     auto job = std::make_shared<Job>();
     job->task = std::move(task);
 
@@ -224,6 +226,7 @@ void NativeThread::run(std::function<void()> task, const Poll& poll, const std::
 
 void run_native(std::function<void()> task, const Poll& poll, const std::function<void()>& interrupt,
                 std::vector<ggml_backend_dev_t> devices) {
+    require_same_process("llama.cpp");
     // The thread outlives an interrupted wait: its owner is whichever of the two ends last.
     struct Abandonable {
         std::mutex mutex;

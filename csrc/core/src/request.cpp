@@ -1,9 +1,28 @@
 #include "request.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "llama_moe/error.h"
 
 namespace llama_moe {
 namespace {
+
+// Times beyond this are none to a clock that counts nanoseconds.
+constexpr double kNoTimeout = 1e9;
+
+std::string seconds_text(double seconds) {
+    char text[32];
+    std::snprintf(text, sizeof(text), "%g", seconds);
+    return text;
+}
+
+Clock::time_point deadline_of(Clock::time_point submitted, const std::optional<double>& timeout) {
+    if (!timeout || *timeout > kNoTimeout) {
+        return Clock::time_point::max();
+    }
+    return submitted + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(*timeout));
+}
 
 double seconds_between(Clock::time_point begin, Clock::time_point end) {
     return begin == Clock::time_point{} || end == Clock::time_point{} ? 0.0 : std::chrono::duration<double>(end - begin).count();
@@ -11,15 +30,25 @@ double seconds_between(Clock::time_point begin, Clock::time_point end) {
 
 }  // namespace
 
+void DeliveryOptions::validate() const {
+    if (timeout && !(*timeout > 0)) {
+        throw InvalidOptionError("timeout is " + seconds_text(*timeout) + "; it must be a number of seconds above 0");
+    }
+}
+
 Request::Request(RequestKind request_kind, std::vector<std::int32_t> prompt, const SamplingOptions& options, const SamplingVocabulary& vocabulary,
-                 int context_size)
+                 int context_size, const DeliveryOptions& delivery)
     : kind(request_kind),
       prompt_size(prompt.size()),
       max_tokens(options.max_tokens),
       logprobs(options.logprobs),
+      timeout(delivery.timeout),
+      deadline(deadline_of(submitted, timeout)),
+      tag(delivery.tag),
       sampler(options, vocabulary, context_size),
       assembler(options.stop),
-      tokens(std::move(prompt)) {
+      tokens(std::move(prompt)),
+      notifier(delivery.notifier) {
     sampler.accept_prompt(tokens);
 }
 
@@ -27,14 +56,25 @@ void Request::deliver(std::vector<GeneratedToken> pieces) {
     if (pieces.empty()) {
         return;
     }
-    std::lock_guard<std::mutex> lock(mutex);
+    std::unique_lock<std::mutex> lock(mutex);
     if (finished) {
         return;
     }
-    for (auto& piece : pieces) {
-        ready.push_back(std::move(piece));
+    std::move(pieces.begin(), pieces.end(), std::back_inserter(ready));
+    announce(std::move(lock));
+}
+
+void Request::announce(std::unique_lock<std::mutex> lock) {
+    const bool wake = waiting_threads > 0;
+    const bool tell = std::exchange(notify, false);
+    const auto told = finished ? std::move(notifier) : tell ? notifier : nullptr;
+    lock.unlock();
+    if (wake) {
+        changed.notify_all();
     }
-    changed.notify_all();
+    if (tell) {
+        told->notify(tag);
+    }
 }
 
 void Request::record_timings() {
@@ -51,26 +91,44 @@ void Request::record_timings() {
 }
 
 bool Request::finish(const std::string& reason) {
-    std::lock_guard<std::mutex> lock(mutex);
+    std::unique_lock<std::mutex> lock(mutex);
     if (finished) {
         return false;
     }
     record_timings();
     result.finish_reason = reason;
     finished = true;
-    changed.notify_all();
+    announce(std::move(lock));
     return true;
 }
 
 bool Request::fail(std::exception_ptr why) {
-    std::lock_guard<std::mutex> lock(mutex);
+    std::unique_lock<std::mutex> lock(mutex);
     if (finished) {
         return false;
     }
     record_timings();
     error = std::move(why);
     finished = true;
-    changed.notify_all();
+    announce(std::move(lock));
+    return true;
+}
+
+bool Request::fail_by_timeout() {
+    const std::string state = started.load() == Clock::time_point{} ? "it still waited for a free sequence"
+                              : generated == 0                      ? "its prompt was being computed"
+                                                                    : "it had generated " + std::to_string(generated) + " tokens";
+    return fail(std::make_exception_ptr(TimeoutError("the request did not end within its timeout of " + seconds_text(*timeout) + " s; " + state)));
+}
+
+bool Request::given_up() {
+    if (cancelled) {
+        return true;
+    }
+    if (!past_deadline()) {
+        return false;
+    }
+    fail_by_timeout();
     return true;
 }
 

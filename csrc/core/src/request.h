@@ -23,7 +23,7 @@ using Clock = std::chrono::steady_clock;
 // atomic: a consumer that cancels takes the timings. `mutex` guards the second part, which the consumer reads.
 struct Request {
     Request(RequestKind request_kind, std::vector<std::int32_t> prompt, const SamplingOptions& options, const SamplingVocabulary& vocabulary,
-            int context_size);
+            int context_size, const DeliveryOptions& delivery = {});
 
     const RequestKind kind;
     const std::size_t prompt_size;
@@ -31,6 +31,9 @@ struct Request {
     const std::optional<int> logprobs;
     EmbeddingOptions embedding;
     const Clock::time_point submitted = Clock::now();
+    const std::optional<double> timeout;
+    const Clock::time_point deadline;
+    const std::uint64_t tag;
     std::atomic<bool> cancelled{false};
 
     Sampler sampler;
@@ -43,9 +46,16 @@ struct Request {
     std::atomic<Clock::time_point> first_token{};
     std::deque<std::pair<std::size_t, SampledLogprobs>> sampled_logprobs;  // of tokens whose text is still held back
 
+    bool past_deadline() const { return deadline != Clock::time_point::max() && Clock::now() >= deadline; }
+    // Whether to stop working on it: it was cancelled, or it is past its deadline, which fails it.
+    bool given_up();
+
     std::mutex mutex;
     std::condition_variable changed;
-    std::deque<GeneratedToken> ready;
+    std::vector<GeneratedToken> ready;
+    std::shared_ptr<Notifier> notifier;   // until the end
+    bool notify = false;                  // who reads found nothing, and waits for the notifier
+    std::atomic<int> waiting_threads{0};  // on `changed`; raised with the lock held, lowered with or without
     std::vector<float> values;  // score: a log-probability for each token but the first; embed: rows of embeddings
     std::string state;          // save: the sequence's saved state
     bool finished = false;
@@ -56,8 +66,11 @@ struct Request {
     // The first call decides; later ones change nothing. Returns whether this was the first.
     bool finish(const std::string& reason);
     bool fail(std::exception_ptr why);
+    bool fail_by_timeout();
 
    private:
+    // Wakes who waits, if anybody does, after giving back the lock that they would wait for.
+    void announce(std::unique_lock<std::mutex> lock);
     void record_timings();
 };
 

@@ -70,14 +70,15 @@ void Scheduler::admit(std::shared_ptr<Request> request) {
 
 void Scheduler::release_ended() {
     for (std::size_t i = 0; i < slots_.size(); i++) {
-        if (slots_[i].request && slots_[i].request->cancelled) {
+        if (slots_[i].request && slots_[i].request->given_up()) {
             end(i, "cancelled");
         }
     }
 }
 
 bool Scheduler::should_abort() const {
-    return !in_batch_.empty() && std::all_of(in_batch_.begin(), in_batch_.end(), [](const auto* request) { return request->cancelled.load(); });
+    return !in_batch_.empty() && std::all_of(in_batch_.begin(), in_batch_.end(),
+                                              [](const auto* request) { return request->cancelled || request->past_deadline(); });
 }
 
 // --- which sequence, and what it already holds ------------------------------------------------------------------
@@ -447,7 +448,7 @@ void Scheduler::batch_failed(DecodeStatus status) {
         }
         const std::size_t known = status == DecodeStatus::aborted ? slot.cached.size() : 0;
         slot.cached.resize(decoder_.truncate(static_cast<int>(i), static_cast<int>(known)) ? known : 0);
-        if (slot.request->cancelled) {
+        if (slot.request->given_up()) {
             end(i, "cancelled");
         } else if (status != DecodeStatus::aborted) {
             end(i, "", error);

@@ -9,6 +9,7 @@
 
 #include "llama_moe/context.h"
 #include "llama_moe/model.h"
+#include "llama_moe/notifier.h"
 #include "llama_moe/sampling.h"
 #include "llama_moe/wait.h"
 
@@ -57,6 +58,22 @@ struct GenerationResult {
     double time_to_first_token = 0;  // from submission
 };
 
+// How a request gets into the queue, and how its output is waited for.
+struct DeliveryOptions {
+    std::optional<double> timeout;       // seconds from submission to the end; unset: no limit
+    std::shared_ptr<Notifier> notifier;  // told when there is news for who found none
+    std::uint64_t tag = 0;               // what it is told
+    bool wait_for_room = false;          // when the queue is full, instead of a QueueFullError
+
+    void validate() const;
+};
+
+// What take() found.
+struct Delivered {
+    std::vector<GeneratedToken> tokens;
+    bool ended = false;  // there will be no more
+};
+
 class EngineCore;
 struct Request;
 
@@ -68,9 +85,12 @@ class Generation {
     Generation(const Generation&) = delete;
     Generation& operator=(const Generation&) = delete;
 
-    // Waits for the next token; unset at the end. Throws what ended the generation early.
-    std::optional<GeneratedToken> next(const Poll& poll = {});
+    // All tokens that nobody took yet. When there are none: waits for some or the end; without `wait`, returns without any, and
+    // the request's notifier is told of the next ones. Throws what ended the generation early.
+    Delivered take(bool wait, const Poll& poll = {});
     void cancel();
+    // For who waits for the notifier, now and then: a generation that a device failure has ended then says so.
+    void check_lost();
     // Throws std::logic_error-like Error while the generation still runs.
     GenerationResult result() const;
 
@@ -111,13 +131,15 @@ class Engine : public ModelUser {
     static std::shared_ptr<Engine> create_idle(const std::shared_ptr<Model>& model, const EngineOptions& options, const Poll& poll = {});
     ~Engine() override;
 
-    // Throws QueueFullError when the queue is full; with `wait`, waits for room.
-    std::unique_ptr<Generation> submit(std::vector<std::int32_t> prompt, const SamplingOptions& sampling, bool wait = false, const Poll& poll = {});
-    std::unique_ptr<Generation> submit(const std::string& prompt, const SamplingOptions& sampling, bool wait = false, const Poll& poll = {});
+    // `poll` is for waiting for room in the queue.
+    std::unique_ptr<Generation> submit(std::vector<std::int32_t> prompt, const SamplingOptions& sampling, const DeliveryOptions& delivery = {},
+                                       const Poll& poll = {});
+    std::unique_ptr<Generation> submit(const std::string& prompt, const SamplingOptions& sampling, const DeliveryOptions& delivery = {},
+                                       const Poll& poll = {});
 
     // The log-probability of each token but the first, given those before it.
-    std::unique_ptr<Generation> submit_score(std::vector<std::int32_t> prompt, bool wait = false, const Poll& poll = {});
-    std::unique_ptr<Generation> submit_embed(std::vector<std::int32_t> prompt, const EmbeddingOptions& embedding, bool wait = false,
+    std::unique_ptr<Generation> submit_score(std::vector<std::int32_t> prompt, const DeliveryOptions& delivery = {}, const Poll& poll = {});
+    std::unique_ptr<Generation> submit_embed(std::vector<std::int32_t> prompt, const EmbeddingOptions& embedding, const DeliveryOptions& delivery = {},
                                              const Poll& poll = {});
 
     // Computes a prompt and returns its KV cache, for load_prefix() of an engine with the same model, sequences and KV type.
@@ -141,7 +163,7 @@ class Engine : public ModelUser {
     static std::shared_ptr<Engine> start(const std::shared_ptr<Model>& model, const EngineOptions& options, std::shared_ptr<EngineCore> core,
                                          const Poll& poll);
     std::unique_ptr<Generation> submit(RequestKind kind, std::vector<std::int32_t> prompt, const SamplingOptions& sampling,
-                                       const EmbeddingOptions& embedding, bool wait, const Poll& poll);
+                                       const EmbeddingOptions& embedding, const DeliveryOptions& delivery, const Poll& poll);
     void check_prompt(const std::vector<std::int32_t>& prompt) const;
 
     std::shared_ptr<Model> model_;

@@ -42,6 +42,10 @@ class CancelledError : public Error {
     using Error::Error;
 };
 
+class TimeoutError : public Error {
+    using Error::Error;
+};
+
 class InvalidOptionError : public Error {
     using Error::Error;
 };

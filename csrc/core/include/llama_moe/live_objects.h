@@ -10,6 +10,7 @@ struct LiveObjects {
     std::atomic<int> contexts{0};
     std::atomic<int> engines{0};
     std::atomic<int> generations{0};
+    std::atomic<int> notifiers{0};
 };
 
 LiveObjects& live_objects();

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <functional>
@@ -13,16 +14,23 @@ using Poll = std::function<void()>;
 
 constexpr std::chrono::milliseconds kPollInterval{50};
 
-// Waits until `ready()` holds, calling `poll` in between. `lock` is held on return and while `ready` runs.
+// Waits until `ready()` holds, calling `poll` in between. `lock` is held on return and while `ready` runs. False: it does not
+// hold, and `deadline` has passed.
 template <typename Ready>
-void wait_with_poll(std::condition_variable& changed, std::unique_lock<std::mutex>& lock, const Poll& poll, Ready ready) {
-    while (!changed.wait_for(lock, kPollInterval, ready)) {
+bool wait_with_poll(std::condition_variable& changed, std::unique_lock<std::mutex>& lock, const Poll& poll, Ready ready,
+                    std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max()) {
+    using Clock = std::chrono::steady_clock;
+    while (!changed.wait_until(lock, std::min(deadline, Clock::now() + kPollInterval), ready)) {
+        if (Clock::now() >= deadline) {
+            return false;
+        }
         if (poll) {
             lock.unlock();
             poll();
             lock.lock();
         }
     }
+    return true;
 }
 
 }  // namespace llama_moe

@@ -1,0 +1,267 @@
+"""Streams for asyncio: no thread waits for them, and no loop asks for them.
+
+An engine's thread writes a file descriptor when a stream that is waited for has news. The event loop watches that descriptor, one for all
+its streams, like any other, and wakes those concerned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import time
+import weakref
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from . import _core
+from .errors import LlamaMoeError, QueueFullError
+from .results import Completion, Token
+from .stream import GenerationReader
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import TypeAlias
+
+    from typing_extensions import Self
+
+    from .engine import Engine
+
+    Request: TypeAlias = tuple[str | list[int], _core.SamplingOptions]
+
+# Between two looks for a device that failed, which nothing announces.
+_HEARTBEAT_SECONDS = 0.5
+# An event loop's clock may be coarse: a timer that goes off too early is set again, but not in a busy loop.
+_LEAST_TIMER_SECONDS = 0.001
+
+
+class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
+    """Iterates over the tokens of one generation as they come; made by `Engine.astream()`.
+
+    The generation runs whether or not anybody reads. It is cancelled by `aclose()`, by leaving an `async with` block, when the task that
+    waits for a token is cancelled, and when nobody refers to the stream any more, so `async for token in engine.astream(...)` may simply be
+    left. One task at a time may read a stream, in the event loop in which it was made; `cancel()` may be called from any thread.
+    """
+
+    __slots__ = ("_deadline", "_hub", "_tag")
+
+    def __init__(self, generation: _core.Generation, engine: Engine, hub: _Hub, tag: int, timeout: float | None) -> None:
+        super().__init__(generation, engine)
+        self._hub = hub
+        self._tag = tag
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Token:
+        """The next token; waits for it.
+
+        Raises:
+            DecodeError: the generation failed.
+            RequestTimeoutError: the generation's timeout passed.
+            RuntimeError: another task waits already, or the stream belongs to another event loop.
+        """
+        ready = self._ready
+        while not ready or self._cancelled or self._forked:
+            if self._ended:
+                raise StopAsyncIteration
+            await self._more()
+        token = ready.popleft()
+        self._tokens.append(token)
+        return token
+
+    async def read_all(self) -> Completion:
+        """Reads to the end and returns the completion."""
+        async for _ in self:
+            pass
+        return self.completion
+
+    async def aclose(self) -> None:
+        """Cancels the generation if it still runs; `completion` then has the tokens read so far. Waits for nothing. Idempotent."""
+        self._close()
+
+    def _close(self) -> None:
+        self.cancel()
+        with contextlib.suppress(LlamaMoeError):
+            while not self._ended:
+                self._fetch(wait=False)
+        self._hub.wake(self._tag)  # a task that waits finds that it ended
+        self._hub.release(self._tag)
+
+    async def _more(self) -> None:
+        if not self._forked:  # there no loop counts as running, and _fetch() knows the better reason
+            self._hub.check_reader(self._tag)
+        try:
+            if not self._fetch(wait=False):
+                await self._hub.wait(self._tag, self._generation, self._deadline)
+        except BaseException:
+            self.cancel()
+            raise
+        finally:
+            if self._exhausted or self._ended or self._cancelled:
+                self._hub.release(self._tag)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        self._close()
+
+    def __del__(self) -> None:
+        self._hub.release(self._tag)
+
+
+def _start_one(engine: Engine, prompt: str | list[int], sampling: _core.SamplingOptions, timeout: float | None) -> AsyncTokenStream:
+    hub = _hub_of(asyncio.get_running_loop())
+    tag = hub.open()
+    try:
+        generation = engine._native.submit(prompt, sampling, timeout, hub.notifier, tag)
+    except BaseException:
+        hub.release(tag)
+        raise
+    return AsyncTokenStream(generation, engine, hub, tag, timeout)
+
+
+def start(engine: Engine, requests: Sequence[Request], timeout: float | None) -> list[AsyncTokenStream]:
+    """Submits requests whose streams belong to the running event loop.
+
+    Raises:
+        RuntimeError: no event loop runs in this thread.
+    """
+    streams: list[AsyncTokenStream] = []
+    try:
+        for prompt, sampling in requests:
+            streams.append(_start_one(engine, prompt, sampling, timeout))
+    except BaseException:
+        for stream in streams:
+            stream._close()
+        raise
+    return streams
+
+
+async def generate(engine: Engine, requests: Sequence[Request], timeout: float | None) -> list[Completion]:
+    """The completions of requests; when the queue is full, later ones wait for earlier ones to end."""
+    streams: list[AsyncTokenStream] = []
+    completions: list[Completion] = []
+    try:
+        for prompt, sampling in requests:
+            while True:
+                try:
+                    streams.append(_start_one(engine, prompt, sampling, timeout))
+                    break
+                except QueueFullError:
+                    if len(completions) == len(streams):
+                        raise
+                    completions.append(await streams[len(completions)].read_all())
+        completions.extend([await stream.read_all() for stream in streams[len(completions) :]])
+    except BaseException:
+        for stream in streams:
+            stream._close()
+        raise
+    return completions
+
+
+class _Hub:
+    """Wakes the streams of one event loop. There from its first open stream to the end of its last one.
+
+    Nothing but its loop and its streams refers to it, so that a loop that is closed and forgotten with streams still open takes them along.
+    All is done on the loop's thread, but for `release()`.
+    """
+
+    __slots__ = ("__weakref__", "_closed", "_heartbeat", "_loop", "_open", "_process", "_tags", "_waiting", "notifier")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.notifier = _core.Notifier()
+        self._loop = weakref.ref(loop)
+        self._process = os.getpid()
+        self._tags = itertools.count()
+        self._open: set[int] = set()
+        self._waiting: dict[int, tuple[asyncio.Future[None], _core.Generation]] = {}
+        self._closed = False
+        loop.add_reader(self.notifier.fileno(), self._on_ready)
+        self._heartbeat = loop.call_later(_HEARTBEAT_SECONDS, self._on_heartbeat)
+
+    def open(self) -> int:
+        """A tag for a new stream."""
+        tag = next(self._tags)
+        self._open.add(tag)
+        return tag
+
+    def release(self, tag: int) -> None:
+        """The stream needs no waking any more. Any thread may call this, and more than once."""
+        self._open.discard(tag)
+        # A forked child shares the parent's selector: nothing may be taken out of it there.
+        if self._open or self._closed or os.getpid() != self._process:
+            return
+        loop = self._loop()
+        if loop is None or loop.is_closed() or asyncio._get_running_loop() is loop:
+            self._close_if_idle()
+            return
+        with contextlib.suppress(RuntimeError):  # closed in this moment: its end is the hub's end
+            loop.call_soon_threadsafe(self._close_if_idle)
+
+    def check_reader(self, tag: int) -> None:
+        """Refuses a task that could not be woken."""
+        if asyncio.get_running_loop() is not self._loop():
+            raise RuntimeError("this stream belongs to another event loop: the one in which it was made")
+        if tag in self._waiting:
+            raise RuntimeError("another task already waits for this stream's next token")
+
+    async def wait(self, tag: int, generation: _core.Generation, deadline: float | None) -> None:
+        """Returns when there may be news; `deadline` is of `time.monotonic()`."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._waiting[tag] = (future, generation)
+        timer = None
+        if deadline is not None:
+            timer = loop.call_later(max(deadline - time.monotonic(), _LEAST_TIMER_SECONDS), self.wake, tag)
+        try:
+            await future
+        finally:
+            del self._waiting[tag]
+            if timer is not None:
+                timer.cancel()
+
+    def wake(self, tag: int) -> None:
+        """Lets the task that waits for a stream look again, if there is one."""
+        waiting = self._waiting.get(tag)
+        if waiting is not None and not waiting[0].done():
+            waiting[0].set_result(None)
+
+    def _on_ready(self) -> None:
+        for tag in self.notifier.take():
+            self.wake(tag)
+
+    def _on_heartbeat(self) -> None:
+        for _, generation in list(self._waiting.values()):
+            generation.check_lost()  # what is lost ends, and that is news
+        loop = self._loop()
+        if loop is not None:
+            self._heartbeat = loop.call_later(_HEARTBEAT_SECONDS, self._on_heartbeat)
+
+    def _close_if_idle(self) -> None:
+        if self._open or self._closed:
+            return
+        self._closed = True
+        loop = self._loop()
+        if loop is not None:
+            if not loop.is_closed():
+                loop.remove_reader(self.notifier.fileno())
+                self._heartbeat.cancel()
+            _hubs.pop(loop, None)
+        self.notifier.close()
+
+
+_hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[_Hub]] = weakref.WeakKeyDictionary()
+
+
+def _hub_of(loop: asyncio.AbstractEventLoop) -> _Hub:
+    reference = _hubs.get(loop)
+    hub = None if reference is None else reference()
+    if hub is None:
+        hub = _Hub(loop)
+        _hubs[loop] = weakref.ref(hub)
+    return hub
