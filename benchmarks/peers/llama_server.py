@@ -83,25 +83,15 @@ class LlamaServer:
         # Of its ways to sample greedily the cheapest; at temperature 0 the default chain would filter first.
         sampling = {"samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
         body = {"prompt": list(prompt), "n_predict": tokens, "stream": True, "cache_prompt": self._reuse_prompts, **sampling}
-        response = self._pool.request("POST", "/completion", json=body, preload_content=False, timeout=None)
-        ended = False
-
-        def counts() -> Iterator[int]:
-            nonlocal ended
-            for message in _messages(response):
-                if not message["stop"]:
-                    yield message["tokens_predicted"]
-            ended = True
-
+        # The server closes connections that are idle for some seconds, and a request on one of them would fail: a new one for each.
+        headers = {"Connection": "close"}
+        response = self._pool.request("POST", "/completion", json=body, headers=headers, preload_content=False, timeout=None)
         try:
             if response.status != 200:
                 raise RuntimeError(f"llama-server answered {response.status}: {response.read().decode()}")
-            yield counts()
+            yield (message["tokens_predicted"] for message in _messages(response) if not message["stop"])
         finally:
-            if ended:
-                response.release_conn()
-            else:
-                response.close()
+            response.close()
 
     def close(self) -> None:
         """Ends the process."""
