@@ -5,6 +5,7 @@ JOBS   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 BUILD  := build/dev
+BENCH  ?= benchmarks
 # WERROR=ON makes warnings in our C++ errors, as CI does.
 WERROR ?=
 
@@ -93,12 +94,12 @@ check-stubs: setup ## compare llama_moe/_core.pyi with the built module
 	@$(BIN)/python scripts/stubs.py --check
 
 # The peers: llama.cpp's own programs, from the same objects, and llama-cpp-python, built from the same sources.
-bench: setup ## benchmarks against llama.cpp and llama-cpp-python
-	@$(CMAKE) -S . -B $(BUILD) -DLLAMA_BUILD_TOOLS=ON
-	@$(CMAKE) --build $(BUILD) --target llama-bench
+bench: setup ## benchmarks against llama.cpp and llama-cpp-python; BENCH=benchmarks/test_speed.py for one of them, BENCH_ARGS for pytest
+	@$(CMAKE) -S . -B $(BUILD) -DLLAMA_MOE_BENCH_PEERS=ON
+	@$(CMAKE) --build $(BUILD) --target llama-bench llama-batched-bench llama-server
 	@CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_PROJECT_ggml_INCLUDE=$(abspath third_party/no_amx.cmake)" $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-build-isolation \
 	  --config-settings=build-dir=$(BUILD) --editable '.[bench]'
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest $(BENCH) --benchmark-only $(BENCH_ARGS)
 
 sdist: setup ## the source distribution, with llama.cpp's sources in it
 	@$(BIN)/python -m build --sdist

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -44,6 +44,7 @@ def compare(
     unit: str,
     peer: str,
     rounds: int = ROUNDS,
+    target: str = "",
 ) -> None:
     """Measures the peer and us in turn, and puts the medians and their ratio, ours over the peer's, into the benchmark's record.
 
@@ -56,23 +57,62 @@ def compare(
         unit: of the figures.
         peer: the peer's name.
         rounds: pairs of measurements.
+        target: what the ratio should be, for those that gate: ">= 0.97" or "<= 1.5".
     """
     figures: list[float] = []
     peer_figures: list[float] = []
     benchmark.pedantic(  # type: ignore[no-untyped-call]
         lambda: figures.append(ours()), setup=lambda: peer_figures.append(theirs()), rounds=rounds
     )
+    _record(benchmark, figures, model=model, threads=threads, unit=unit, target=target)
+    _record_ratio(benchmark, figures, peer_figures, peer)
+
+
+def compare_pairs(
+    benchmark: BenchmarkFixture,
+    measure: Callable[[], tuple[float, float]],
+    *,
+    model: str,
+    threads: int,
+    unit: str,
+    peer: str,
+    rounds: int = ROUNDS,
+    target: str = "",
+) -> None:
+    """As `compare()`, for two figures that come of one measurement: `measure` returns ours and what it is compared with."""
+    pairs: list[tuple[float, float]] = []
+    benchmark.pedantic(lambda: pairs.append(measure()), rounds=rounds)  # type: ignore[no-untyped-call]
+    figures, others = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    _record(benchmark, figures, model=model, threads=threads, unit=unit, target=target)
+    _record_ratio(benchmark, figures, others, peer)
+
+
+def measure_alone(
+    benchmark: BenchmarkFixture,
+    measure: Callable[[], float],
+    *,
+    model: str,
+    threads: int,
+    unit: str,
+    rounds: int = ROUNDS,
+    target: str = "",
+) -> None:
+    """Puts the median of what `measure` returns, which has no peer, into the benchmark's record; the target is of the figure."""
+    figures: list[float] = []
+    benchmark.pedantic(lambda: figures.append(measure()), rounds=rounds)  # type: ignore[no-untyped-call]
+    _record(benchmark, figures, model=model, threads=threads, unit=unit, target=target)
+
+
+def _record(benchmark: BenchmarkFixture, figures: list[float], *, model: str, threads: int, unit: str, target: str) -> None:
     info = llama_moe.build_info()
     benchmark.extra_info.update(
         {
             "model": model,
             "threads": threads,
-            "peer": peer,
             "unit": unit,
+            "target": target,
             "ours": statistics.median(figures),
-            "theirs": statistics.median(peer_figures),
-            "ratio": statistics.median(figures) / statistics.median(peer_figures),
-            "pair_ratios": [round(a / b, 4) for a, b in zip(figures, peer_figures, strict=True)],
+            "figures": figures,
             "llama_moe": info["version"],
             "llama.cpp": info["llama_cpp_commit"],
             "compiler": info["compiler"],
@@ -82,17 +122,41 @@ def compare(
     )
 
 
+def _record_ratio(benchmark: BenchmarkFixture, figures: list[float], peer_figures: list[float], peer: str) -> None:
+    benchmark.extra_info.update(
+        {
+            "peer": peer,
+            "theirs": statistics.median(peer_figures),
+            "ratio": statistics.median(figures) / statistics.median(peer_figures),
+            "pair_ratios": [round(a / b, 4) for a, b in zip(figures, peer_figures, strict=True)],
+        }
+    )
+
+
+def _verdict(info: dict[str, Any]) -> str:
+    if not info["target"]:
+        return "informs"
+    sign, bound = info["target"].split()
+    reached = info.get("ratio", info["ours"])
+    met = reached >= float(bound) if sign == ">=" else reached <= float(bound)
+    return f"target {info['target']} {'met' if met else 'MISSED'}"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prints the comparisons, which pytest-benchmark keeps in its JSON only."""
+    """Prints the figures, which pytest-benchmark keeps in its JSON only."""
     session = getattr(config, "_benchmarksession", None)
-    benchmarks = [] if session is None else [bench for bench in session.benchmarks if "ratio" in bench.extra_info]
+    benchmarks = [] if session is None else [bench for bench in session.benchmarks if "ours" in bench.extra_info]
     if not benchmarks:
         return
-    terminalreporter.section("ratios to the peers")
+    terminalreporter.section("what was measured")
     for bench in benchmarks:
         info = bench.extra_info
-        pairs = sorted(info["pair_ratios"])
-        terminalreporter.write_line(
-            f"{bench.name}: {info['ratio']:.3f} ({info['ours']:.4g} against {info['theirs']:.4g} {info['unit']} of {info['peer']}; "
-            f"pairs {pairs[0]:.3f} to {pairs[-1]:.3f}; {info['model']}, {info['threads']} threads)"
-        )
+        if "ratio" in info:
+            pairs = sorted(info["pair_ratios"])
+            figure = f"{info['ratio']:.3f} ({info['ours']:.4g} against {info['theirs']:.4g} {info['unit']} of {info['peer']}; "
+            figure += f"pairs {pairs[0]:.3f} to {pairs[-1]:.3f}"
+        else:
+            figures = sorted(info["figures"])
+            figure = f"{info['ours']:.4g} {info['unit']} ({figures[0]:.4g} to {figures[-1]:.4g}"
+        note = f"; {info['note']}" if "note" in info else ""
+        terminalreporter.write_line(f"{bench.name}: {figure}; {info['model']}, {info['threads']} threads): {_verdict(info)}{note}")

@@ -76,11 +76,11 @@ def test_prompt_against_llama_bench(benchmark: BenchmarkFixture, llm: llama_moe.
 def test_streaming_decode_against_llama_cpp_python(benchmark: BenchmarkFixture, llm: llama_moe.Engine, model: Path, threads: int) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; `make bench` installs it")
     with LlamaCppPython(model, threads=threads) as peer:
-        peer.decode_rate(4)
+        peer.decode_rate([[0]], 4)
         compare(
             benchmark,
             lambda: stream_rate(llm, TOKENS + 1),
-            lambda: peer.decode_rate(TOKENS + 1),
+            lambda: peer.decode_rate([[0]], TOKENS + 1),
             model=model.name,
             threads=threads,
             unit="tokens/s",
