@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.conftest import measure_alone
 from llama_moe import Engine, Model, SamplingParams, _core
-from llama_moe._options import context_options
+from llama_moe._options import fill_context
 from tests.support.tiny_models import write_tiny_model
 
 if TYPE_CHECKING:
@@ -30,21 +30,10 @@ PARAMS = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
 
 def idle_engine(model: Model, *, context_size: int) -> Engine:
     """An engine like any other, but for its decoder, which computes nothing. The one place that makes it."""
-    options = context_options(
-        context_size=context_size,
-        max_sequences=1,
-        batch_size=2048,
-        micro_batch_size=512,
-        threads=1,
-        threads_batch=1,
-        kv_type="f16",
-        flash_attention="auto",
-        offload_kv=True,
-    )
     engine = Engine.__new__(Engine)
     engine._model = model
     engine._owns_model = False
-    engine._native = _core.idle_engine(model._native, options)  # type: ignore[attr-defined]
+    engine._native = _core.Engine.idle(model._native, fill_context(_core.EngineOptions(), context_size=context_size))
     return engine
 
 
