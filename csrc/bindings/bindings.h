@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "llama_moe/chat.h"
 #include "llama_moe/context.h"
 #include "llama_moe/engine.h"
 #include "llama_moe/memory.h"
@@ -30,6 +31,7 @@ void bind_model(py::module_& m);
 void bind_context(py::module_& m);
 void bind_sampling(py::module_& m);
 void bind_engine(py::module_& m);
+void bind_chat(py::module_& m);
 
 // Hands queued log lines to the sink. Needs the GIL.
 void drain_logs();
@@ -72,6 +74,7 @@ using ModelHandle = Handle<Model>;
 using ContextHandle = Handle<Context>;
 using EngineHandle = Handle<Engine>;
 using GenerationHandle = Handle<Generation>;
+using ChatTemplateHandle = Handle<ChatTemplate>;
 
 using MemoryTuples = std::vector<std::tuple<std::string, std::string, std::uint64_t>>;
 MemoryTuples to_tuples(const std::vector<MemoryRow>& rows);

@@ -43,6 +43,7 @@ PYBIND11_MODULE(_core, m) {
     bind_context(m);
     bind_sampling(m);
     bind_engine(m);
+    bind_chat(m);
     m.def("live_objects", [] {
         const auto& live = llama_moe::live_objects();
         return std::map<std::string, int>{

@@ -15,6 +15,7 @@ Request::Request(std::vector<std::int32_t> prompt_tokens, const SamplingOptions&
     : prompt(std::move(prompt_tokens)),
       max_tokens(options.max_tokens),
       logprobs(options.logprobs),
+      preserved_tokens(options.preserved_tokens),
       sampler(options, vocabulary, context_size),
       assembler(options.stop) {
     sampler.accept_prompt(prompt);

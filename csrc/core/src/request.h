@@ -27,6 +27,7 @@ struct Request {
     const std::vector<std::int32_t> prompt;
     const std::optional<int> max_tokens;
     const std::optional<int> logprobs;
+    const std::vector<std::int32_t> preserved_tokens;  // control tokens whose text is part of the output
     const Clock::time_point submitted = Clock::now();
     std::atomic<bool> cancelled{false};
 

@@ -301,7 +301,7 @@ void EngineCore::sample_slot(std::size_t index) {
             std::lock_guard<std::mutex> lock(mutex_);
             stats_.generated_tokens++;
         }
-        request.deliver(with_logprobs(request, request.assembler.push(token, token_text(token))));
+        request.deliver(with_logprobs(request, request.assembler.push(token, token_text(token, request))));
         if (request.assembler.stopped()) {
             end(index, "stop");
         } else if ((request.max_tokens && request.generated >= *request.max_tokens) || request.position >= limits_.context_size) {
@@ -328,7 +328,7 @@ std::vector<GeneratedToken> EngineCore::with_logprobs(Request& request, std::vec
             token.logprob = logprobs.front().second.logprob;
             for (const auto& [id, logprob] : logprobs.front().second.top) {
                 Utf8Assembler utf8;
-                std::string text = utf8.push(token_text(id));
+                std::string text = utf8.push(token_text(id, request));
                 text += utf8.finish();
                 token.top.push_back({id, std::move(text), logprob});
             }
@@ -338,14 +338,16 @@ std::vector<GeneratedToken> EngineCore::with_logprobs(Request& request, std::vec
     return tokens;
 }
 
-std::string EngineCore::token_text(std::int32_t token) const {
+std::string EngineCore::token_text(std::int32_t token, const Request& request) const {
+    const auto& preserved = request.preserved_tokens;
+    const bool special = std::find(preserved.begin(), preserved.end(), token) != preserved.end();
     char buffer[64];
-    const auto size = llama_token_to_piece(vocabulary_.vocab, token, buffer, sizeof(buffer), 0, false);
+    const auto size = llama_token_to_piece(vocabulary_.vocab, token, buffer, sizeof(buffer), 0, special);
     if (size >= 0) {
         return {buffer, static_cast<std::size_t>(size)};
     }
     std::string text(static_cast<std::size_t>(-size), '\0');
-    llama_token_to_piece(vocabulary_.vocab, token, text.data(), -size, 0, false);
+    llama_token_to_piece(vocabulary_.vocab, token, text.data(), -size, 0, special);
     return text;
 }
 

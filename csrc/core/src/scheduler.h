@@ -66,7 +66,7 @@ class EngineCore : public std::enable_shared_from_this<EngineCore> {
     void sample();
     void sample_slot(std::size_t index);
     std::vector<GeneratedToken> with_logprobs(Request& request, std::vector<TextPiece> pieces) const;
-    std::string token_text(std::int32_t token) const;
+    std::string token_text(std::int32_t token, const Request& request) const;
     void end(std::size_t slot, const std::string& reason);
     void fail_all(const std::exception_ptr& error);
     void check_open() const;
