@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from . import _logging, errors
 from .build import build_info
+from .chat import ChatCompletion, ChatDelta, ChatMessage, ChatParser, ChatPrompt, ChatStream, ChatTemplate, ToolCall, ToolCallDelta
 from .context import Context
 from .devices import Device, add_rpc_device, devices
 from .engine import Engine, load
@@ -22,6 +23,13 @@ from .sampling import SamplingParams
 from .stream import TokenStream
 
 __all__ = [
+    "ChatCompletion",
+    "ChatDelta",
+    "ChatMessage",
+    "ChatParser",
+    "ChatPrompt",
+    "ChatStream",
+    "ChatTemplate",
     "Completion",
     "Context",
     "Device",
@@ -37,6 +45,8 @@ __all__ = [
     "Timings",
     "Token",
     "TokenStream",
+    "ToolCall",
+    "ToolCallDelta",
     "__version__",
     "add_rpc_device",
     "build_info",

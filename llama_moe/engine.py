@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, overload
 
 from . import _core, _logging
 from ._options import context_options
+from .chat import ChatStream
 from .errors import InvalidOptionError
 from .inspection import inspect
 from .memory import MemoryReport
@@ -16,12 +17,13 @@ from .stream import TokenStream
 from .tokens import as_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import TracebackType
     from typing import Literal
 
     from typing_extensions import Self
 
+    from .chat import ChatCompletion, ToolChoice
     from .model import DevicesLike, HostMemory, StrPath
     from .placement import PlacementLike
     from .results import Completion
@@ -162,6 +164,97 @@ class Engine:
                 stream.cancel()
             raise
         return streams, single
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = False,
+        response_format: Mapping[str, object] | None = None,
+        enable_thinking: bool = True,
+        template: str | None = None,
+        template_options: Mapping[str, object] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> ChatCompletion:
+        """Answers a conversation, in the format of the model's chat template.
+
+        Args:
+            messages: mappings of the OpenAI API's shape: `role` ("system", "developer", "user", "assistant" or "tool") and `content`, a
+                text or a list of text parts; `tool_calls`, `tool_call_id`, `name` and `reasoning_content` where they belong.
+            params: how to sample; None: the defaults.
+            tools: functions that the model may ask to call, of the OpenAI API's shape.
+            tool_choice: "auto": as the model likes; "none": not; "required": at least one; {"function": {"name": ...}}: that one.
+            parallel_tool_calls: whether it may ask for several at once.
+            response_format: {"type": "text"}; {"type": "json_object"}; or {"type": "json_schema", "json_schema": {"schema": ...}}: the
+                answer is JSON of that schema.
+            enable_thinking: for templates that ask: whether the model thinks first.
+            template: the text of a Jinja template to use in place of the model's own.
+            template_options: further variables for the template.
+            add_generation_prompt: end the prompt where the answer begins.
+            continue_final_message: go on with the last message, which is the assistant's, in place of a new one.
+
+        Returns:
+            The answer.
+
+        Raises:
+            InvalidOptionError: the model has no template, a message or tool is not of the right shape, the template refuses the messages or
+                has no place for tools, or an option is outside its range.
+            ContextFullError: the conversation is longer than the context.
+            DecodeError: the computation failed.
+            ClosedError: the engine was closed.
+        """
+        return self.stream_chat(
+            messages,
+            params,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            response_format=response_format,
+            enable_thinking=enable_thinking,
+            template=template,
+            template_options=template_options,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        ).read_all()
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = False,
+        response_format: Mapping[str, object] | None = None,
+        enable_thinking: bool = True,
+        template: str | None = None,
+        template_options: Mapping[str, object] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> ChatStream:
+        """Starts to answer a conversation and returns at once. The arguments and errors are those of `chat`.
+
+        Returns:
+            An iterator over what the answer gains.
+        """
+        _logging.sync_level()
+        prompt = self._model.chat_format(template).apply(
+            messages,
+            params,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            response_format=response_format,
+            enable_thinking=enable_thinking,
+            template_options=template_options,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return ChatStream(TokenStream(self._native.submit(prompt.text, prompt.options()), self), prompt.parser())
 
     def memory(self) -> MemoryReport:
         """Bytes by device and role: the model's weights, the KV cache and the compute buffers."""

@@ -18,7 +18,7 @@ class SamplingParams:
     Attributes:
         max_tokens: most tokens to generate; None: until the model stops or the context is full.
         temperature: divides the logits; 0: always the most likely token (greedy), whatever the other fields say about chance.
-        dynatemp_range: the temperature follows the entropy of the candidates, from `temperature` less this to `temperature` and this; 0: off.
+        dynatemp_range: the temperature follows the entropy of the candidates, up to this far below and above `temperature`; 0: off.
         dynatemp_exponent: how it does: 1: in proportion.
         top_k: keep the `top_k` most likely tokens; 0: all.
         top_p: keep the smallest set of most likely tokens with at least this probability, 0 to 1; 1: all.
@@ -40,7 +40,8 @@ class SamplingParams:
         mirostat: 1 or 2: version of Mirostat (Basu et al. 2020, arXiv:2007.14966), which replaces the other filters; 0: off.
         mirostat_tau: its target surprise, in bits.
         mirostat_eta: its learning rate.
-        adaptive_target: prefer tokens near this probability, 0 to 1, aiming at it over time; best with min_p as the only filter. Negative: off.
+        adaptive_target: prefer tokens near this probability, 0 to 1, aiming at it over time; best with min_p as the only filter. Negative:
+            off.
         adaptive_decay: how much of earlier tokens it remembers, 0 to 0.99.
         infill: merge candidates of which one begins the other, and end early: for text between a prefix and a suffix.
         seed: 0 to 2**32 - 1; None: a random one. The same seed, prompt and placement give the same text.

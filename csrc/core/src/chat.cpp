@@ -20,9 +20,12 @@ struct ChatSyntax {
 namespace {
 
 constexpr std::size_t kToolCallIdSize = 9;  // some templates refuse any other length
+constexpr const char* kSpaces = " \t\r\n";
 // Each parse reads the whole text. Past this size it is parsed once it has grown by the given share, which bounds the sum.
 constexpr std::size_t kParseAlways = 8 * 1024;
 constexpr std::size_t kParseShare = 256;
+
+constexpr const char* kAnyJson = R"({"type": ["object", "array", "string", "number", "boolean", "null"]})";
 
 std::string random_id() {
     static constexpr std::string_view kLetters = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
@@ -57,6 +60,9 @@ common_chat_templates_inputs inputs_of(const ChatRequest& request) {
     inputs.tool_choice = reporting("tool_choice", [&] { return common_chat_tool_choice_parse_oaicompat(request.tool_choice); });
     inputs.parallel_tool_calls = request.parallel_tool_calls;
     inputs.json_schema = request.json_schema;
+    if (const auto schema = common_json::parse_no_throw(request.json_schema); schema == true || (schema.is_object() && schema.empty())) {
+        inputs.json_schema = kAnyJson;  // to the templates an empty schema is none
+    }
     inputs.enable_thinking = request.enable_thinking;
     inputs.reasoning_format = COMMON_REASONING_FORMAT_DEEPSEEK;
     inputs.add_generation_prompt = request.add_generation_prompt && !request.continue_final_message;
@@ -105,6 +111,11 @@ ChatGrammar grammar_of(const common_chat_params& params, const Model& model, std
         grammar.thinking_end.push_back(tokens_of(tag));
     }
     return grammar;
+}
+
+std::string trimmed(const std::string& text) {
+    const auto begin = text.find_first_not_of(kSpaces);
+    return begin == std::string::npos ? "" : text.substr(begin, text.find_last_not_of(kSpaces) - begin + 1);
 }
 
 // The part of `text` behind what was given of it; nothing when it became another text.
@@ -210,8 +221,12 @@ std::optional<ChatMessage> ChatParser::parse(bool partial) const {
     try {
         const auto parsed = common_chat_parse(text_, partial, syntax_->params);
         ChatMessage result;
-        result.content = rest_of(parsed.render_content(), prefill_.content);
-        result.reasoning = rest_of(parsed.reasoning_content, prefill_.reasoning);
+        result.reasoning = rest_of(trimmed(parsed.reasoning_content), prefill_.reasoning);
+        std::string content = parsed.render_content();
+        if (!parsed.reasoning_content.empty()) {
+            content.erase(0, content.find_first_not_of(kSpaces));
+        }
+        result.content = rest_of(content, prefill_.content);
         for (const auto& call : parsed.tool_calls) {
             result.tool_calls.push_back({call.id, call.name, call.arguments});
         }
@@ -248,9 +263,9 @@ std::vector<ChatDelta> ChatParser::finish() {
 std::vector<ChatDelta> ChatParser::advance(ChatMessage parsed, bool last) {
     auto& calls = parsed.tool_calls;
     for (std::size_t i = 0; i < calls.size(); i++) {
-        // The id that a call got first stays.
-        if (i < message_.tool_calls.size()) {
-            calls[i].id = message_.tool_calls[i].id;
+        // An id that was given out stays, also when the model writes one of its own later.
+        if (i < given_.tool_calls.size()) {
+            calls[i].id = given_.tool_calls[i].id;
         } else if (calls[i].id.empty()) {
             calls[i].id = random_id();
         }

@@ -85,6 +85,9 @@ void replace_true_schemas(common_json& schema) {
 }  // namespace
 
 void check_grammar_size(const std::string& text) {
+    if (text.find_first_not_of(" \t\r\n") == std::string::npos) {
+        throw InvalidOptionError("grammar is empty; it must have a rule such as 'root ::= \"yes\" | \"no\"', or be None");
+    }
     if (text.find('\0') != std::string::npos) {
         throw InvalidOptionError("grammar has a NUL character; write it as \\x00");
     }
