@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from . import _logging, errors
 from .build import build_info
+from .chat import ChatCompletion, ChatDelta, ChatMessage, ChatParser, ChatPrompt, ChatStream, ChatTemplate, ToolCall, ToolCallDelta
 from .context import Context
 from .devices import Device, add_rpc_device, devices
 from .engine import Engine, load
@@ -26,12 +27,20 @@ from .speculative import Speculative
 from .stream import TokenStream
 
 if TYPE_CHECKING:
-    from .aio import AsyncTokenStream
+    from .aio import AsyncChatStream, AsyncTokenStream
 
     __version__: str
 
 __all__ = [
+    "AsyncChatStream",
     "AsyncTokenStream",
+    "ChatCompletion",
+    "ChatDelta",
+    "ChatMessage",
+    "ChatParser",
+    "ChatPrompt",
+    "ChatStream",
+    "ChatTemplate",
     "Completion",
     "Context",
     "Device",
@@ -49,6 +58,8 @@ __all__ = [
     "Timings",
     "Token",
     "TokenStream",
+    "ToolCall",
+    "ToolCallDelta",
     "__version__",
     "add_rpc_device",
     "build_info",
@@ -64,8 +75,8 @@ _logging.connect()
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return build_info()["version"]
-    if name == "AsyncTokenStream":  # late: importing asyncio takes longer than importing this package
-        from .aio import AsyncTokenStream
+    if name in ("AsyncChatStream", "AsyncTokenStream"):  # late: importing asyncio takes longer than importing this package
+        from . import aio
 
-        return AsyncTokenStream
+        return getattr(aio, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,7 +33,8 @@ def fill(options: OptionsT, values: Mapping[str, object]) -> OptionsT:
             # pybind11's own message names neither the option nor the value, and an integer that overflows is a TypeError to it.
             if isinstance(value, int) and isinstance(default, int | None) and bool not in (type(value), type(default)):
                 low, high = (0, _UNSIGNED[name]) if name in _UNSIGNED else (-(1 << 31), (1 << 31) - 1)
-                raise InvalidOptionError(f"{name}: {value} is out of range; it must be from {low} to {high}") from None
+                if not low <= value <= high:
+                    raise InvalidOptionError(f"{name}: {value} is out of range; it must be from {low} to {high}") from None
             raise TypeError(f"{name} cannot be {value!r} ({type(value).__name__})") from None
     return options
 

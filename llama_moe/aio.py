@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from . import _core
+from .chat import ChatDelta, ChatReader
 from .errors import LlamaMoeError, QueueFullError
 from .results import Completion, Token
 from .stream import GenerationReader
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from .chat import ChatCompletion, ChatParser
     from .engine import Engine
 
     Request: TypeAlias = tuple[str | list[int], _core.SamplingOptions]
@@ -112,6 +114,60 @@ class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
 
     def __del__(self) -> None:
         self._hub.release(self._tag)
+
+
+class AsyncChatStream(ChatReader, AsyncIterator[ChatDelta]):
+    """Iterates over what an answer gains; made by `Engine.astream_chat()`. Cancelled as an `AsyncTokenStream` is."""
+
+    __slots__ = ("_tokens",)
+
+    def __init__(self, tokens: AsyncTokenStream, parser: ChatParser) -> None:
+        super().__init__(parser)
+        self._tokens = tokens
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ChatDelta:
+        """What the answer gained next; waits for it.
+
+        Raises:
+            The same as `AsyncTokenStream` does.
+        """
+        while not self._ready:
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                self._push(await anext(self._tokens))
+            except StopAsyncIteration:
+                self._finish(self._tokens.completion)
+            except LlamaMoeError:
+                self._failed = True
+                raise
+        return self._ready.popleft()
+
+    async def read_all(self) -> ChatCompletion:
+        """Reads to the end and returns the answer."""
+        async for _ in self:
+            pass
+        return self.completion
+
+    def cancel(self) -> None:
+        """Ends the generation without waiting for it; the stream then ends too. Any thread may call this; nothing happens after the end."""
+        self._tokens.cancel()
+
+    async def aclose(self) -> None:
+        """Cancels the generation if it still runs; `completion` then has what was read so far. Waits for nothing. Idempotent."""
+        await self._tokens.aclose()
+        with contextlib.suppress(LlamaMoeError):
+            async for _ in self:
+                pass
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        await self.aclose()
 
 
 def _start_one(engine: Engine, prompt: str | list[int], sampling: _core.SamplingOptions, timeout: float | None) -> AsyncTokenStream:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -13,6 +12,7 @@ import numpy as np
 from . import _core, _logging
 from ._files import write_whole
 from ._options import fill_context
+from .conversation import ChatMethods
 from .errors import InvalidOptionError
 from .inspection import inspect
 from .memory import MemoryReport
@@ -20,7 +20,7 @@ from .model import Model
 from .sampling import SamplingParams
 from .scoring import Score, perplexity
 from .speculative import Speculative, speculation_options
-from .stream import TokenStream
+from .stream import TokenStream, seconds
 from .tokens import as_prompts, token_ids
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .tokens import Prompt
 
 
-class Engine:
+class Engine(ChatMethods):
     """Generates for many requests over one context, on a thread of its own; usable from any thread.
 
     A prompt is text, to which the model's special tokens are added and in which they are recognised, or token ids, which are used as they
@@ -214,7 +214,7 @@ class Engine:
         from . import aio  # late: importing asyncio takes longer than importing this package
 
         requests, single = self._requests(prompts, params)
-        completions = await aio.generate(self, requests, _seconds(timeout))
+        completions = await aio.generate(self, requests, seconds(timeout))
         return completions[0] if single else completions
 
     @overload
@@ -240,7 +240,7 @@ class Engine:
         from . import aio
 
         requests, single = self._requests(prompts, params)
-        streams = aio.start(self, requests, _seconds(timeout))
+        streams = aio.start(self, requests, seconds(timeout))
         return streams[0] if single else streams
 
     def _requests(
@@ -257,12 +257,12 @@ class Engine:
     ) -> tuple[list[TokenStream], bool]:
         """A stream for each prompt, and whether there was one prompt, not a sequence of them."""
         requests, single = self._requests(prompts, params)
-        seconds = _seconds(timeout)
+        limit = seconds(timeout)
         streams: list[TokenStream] = []
         try:
             for prompt, sampling in requests:
                 # Of several, a full queue is an error to the first; later ones wait for the room that earlier ones make.
-                generation = self._native.submit(prompt, sampling, seconds, wait_for_room=bool(streams))
+                generation = self._native.submit(prompt, sampling, limit, wait_for_room=bool(streams))
                 streams.append(TokenStream(generation, self))
         except BaseException:
             for stream in streams:
@@ -375,11 +375,11 @@ class Engine:
         """What each prompt's request computed, and whether there was one prompt, not a sequence of them."""
         _logging.sync_level()
         each, single = as_prompts(prompts)
-        seconds = _seconds(timeout)
+        limit = seconds(timeout)
         requests: list[_core.Generation] = []
         try:
             for prompt in each:
-                requests.append(submit(self._tokens_of(prompt), timeout=seconds, wait_for_room=bool(requests)))
+                requests.append(submit(self._tokens_of(prompt), timeout=limit, wait_for_room=bool(requests)))
             return [request.take_values() for request in requests], single
         except BaseException:
             for request in requests:
@@ -465,14 +465,6 @@ def _params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, pr
     if len(params) != prompts:
         raise InvalidOptionError(f"params has {len(params)} entries for {prompts} prompts; give one for all, or one for each")
     return params
-
-
-def _seconds(timeout: object) -> float | None:
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, Real):
-        raise TypeError(f"timeout cannot be {timeout!r} ({type(timeout).__name__}); it must be a number of seconds")
-    return float(timeout)
 
 
 def _trained_context(path: StrPath) -> int:

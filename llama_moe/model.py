@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from . import _core, _logging
 from ._options import fill
 from ._sizes import format_size
+from .chat import ChatTemplate
 from .devices import Device, device_name
 from .errors import InvalidOptionError
 from .memory import MemoryReport
@@ -83,6 +84,7 @@ class Model:
         policy = as_placement(experts)._to_native()
         self._native = _core.Model.load(os.fspath(path), options, policy, on_progress)
         self._placement: Placement | None = None
+        self._chat_formats: dict[str | None, ChatTemplate] = {}
 
     @property
     def path(self) -> str:
@@ -165,6 +167,23 @@ class Model:
     def chat_template(self) -> str | None:
         """The Jinja template of its chat format, if the file has one."""
         return self._native.chat_template
+
+    def chat_format(self, template: str | None = None) -> ChatTemplate:
+        """What turns conversations into prompts and answers into messages; `Engine.chat` uses it.
+
+        Args:
+            template: the text of a Jinja template to use in place of the model's own.
+
+        Raises:
+            InvalidOptionError: the model has no template, or the text is not a template.
+        """
+        chat = self._chat_formats.get(template)
+        if chat is None:
+            chat = ChatTemplate(self, template)
+            if len(self._chat_formats) >= 8:  # templates made up for each call are not worth keeping
+                self._chat_formats.clear()
+            self._chat_formats[template] = chat
+        return chat
 
     def memory(self) -> MemoryReport:
         """Bytes of its weights by device and role."""

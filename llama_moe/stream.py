@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, ClassVar
 
 from . import _core
@@ -20,12 +21,23 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from .engine import Engine
-
     TokenEntry: TypeAlias = tuple[int, str, float | None, list[tuple[int, str, float]] | None]
 
 # What Token(*entry) does, in a third of the time.
 _plain_token: Callable[[TokenEntry], Token] = partial(tuple.__new__, Token)
+
+
+def seconds(timeout: object) -> float | None:
+    """A timeout as a native request takes it.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, Real):
+        raise TypeError(f"timeout cannot be {timeout!r} ({type(timeout).__name__}); it must be a number of seconds")
+    return float(timeout)
 
 
 def _token(entry: TokenEntry) -> Token:
@@ -41,7 +53,7 @@ class GenerationReader:
     # In a forked child, tokens that came before the fork are not given out either: the stream belongs to the parent.
     _forked: ClassVar[bool] = False
 
-    def __init__(self, generation: _core.Generation, engine: Engine | None = None) -> None:
+    def __init__(self, generation: _core.Generation, engine: object = None) -> None:
         self._generation = generation
         self._engine = engine  # an engine that nobody else refers to lives as long as its streams
         self._tokens: list[Token] = []

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "llama_moe/chat.h"
 #include "llama_moe/context.h"
 #include "llama_moe/engine.h"
 #include "llama_moe/memory.h"
@@ -33,6 +34,7 @@ void bind_context(py::module_& m);
 void bind_sampling(py::module_& m);
 void bind_notifier(py::module_& m);
 void bind_engine(py::module_& m);
+void bind_chat(py::module_& m);
 
 // Hands queued log lines to the sink. Needs the GIL.
 void drain_logs();
@@ -81,6 +83,7 @@ using ContextHandle = Handle<Context>;
 using EngineHandle = Handle<Engine>;
 using GenerationHandle = Handle<Generation>;
 using NotifierHandle = Handle<Notifier>;
+using ChatTemplateHandle = Handle<ChatTemplate>;
 
 using MemoryTuples = std::vector<std::tuple<std::string, std::string, std::uint64_t>>;
 MemoryTuples to_tuples(const std::vector<MemoryRow>& rows);

@@ -44,6 +44,7 @@ PYBIND11_MODULE(_core, m) {
     bind_sampling(m);
     bind_notifier(m);
     bind_engine(m);
+    bind_chat(m);
     m.def("live_objects", [] {
         const auto& live = llama_moe::live_objects();
         return std::map<std::string, int>{{"models", live.models},

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -187,6 +188,13 @@ TEST_CASE("SamplingOptions refuses what it cannot mean, and names it") {
     check_invalid("dry_penalty_window", [](auto& o) { o.dry_penalty_window = -2; });
     check_invalid("mirostat", [](auto& o) { o.mirostat = 3; });
     check_invalid("mirostat_tau", [](auto& o) { o.mirostat_tau = 0; });
+    check_invalid("dynatemp_range", [](auto& o) { o.dynatemp_range = -1; });
+    check_invalid("dynatemp_exponent", [](auto& o) { o.dynatemp_exponent = 0; });
+    check_invalid("min_keep", [](auto& o) { o.min_keep = -1; });
+    check_invalid("adaptive_target", [](auto& o) { o.adaptive_target = 1.5f; });
+    check_invalid("adaptive_target", [](auto& o) { o.adaptive_target = 0.5f, o.mirostat = 2; });
+    check_invalid("adaptive_decay", [](auto& o) { o.adaptive_decay = 1; });
+    check_invalid("json_schema", [](auto& o) { o.grammar = "root ::= .", o.json_schema = "{}"; });
     check_invalid("mirostat_eta", [](auto& o) { o.mirostat_eta = 0; });
     check_invalid("logprobs", [](auto& o) { o.logprobs = -1; });
     check_invalid("logprobs", [](auto& o) { o.logprobs = 101; });
@@ -386,4 +394,299 @@ TEST_CASE("logits that are all NaN are an error, not a token") {
         const NativeScope scope;
         CHECK_THROWS(Error, make_sampler(options).sample(logits.data()));
     }
+}
+
+namespace {
+
+// llama.cpp's chain for the same options over all candidates, with nothing selected before it.
+std::int32_t choose_by_full_chain(const SamplingOptions& options, const std::vector<float>& logits, const std::vector<std::int32_t>& prompt) {
+    auto params = llama_sampler_chain_default_params();
+    const llama_sampler_ptr chain(llama_sampler_chain_init(params));
+    const auto add = [&](llama_sampler* sampler) { llama_sampler_chain_add(chain.get(), sampler); };
+    std::vector<llama_logit_bias> biases;
+    for (const auto& [token, bias] : options.logit_bias) {
+        biases.push_back({token, bias});
+    }
+    const auto size = static_cast<std::int32_t>(logits.size());
+    add(llama_sampler_init_logit_bias(size, static_cast<std::int32_t>(biases.size()), biases.data()));
+    add(llama_sampler_init_penalties(size, options.penalty_window, options.repeat_penalty, options.frequency_penalty, options.presence_penalty));
+    if (options.dry_multiplier > 0) {
+        std::vector<const char*> breakers = {"\n"};
+        add(llama_sampler_init_dry(vocabulary().vocab, options.dry_multiplier, options.dry_base, options.dry_allowed_length, kContextSize,
+                                   breakers.data(), breakers.size()));
+    }
+    add(llama_sampler_init_top_k(options.top_k));
+    add(llama_sampler_init_top_p(options.top_p, 1));
+    add(llama_sampler_init_min_p(options.min_p, 1));
+    add(llama_sampler_init_temp(options.temperature));
+    add(llama_sampler_init_dist(*options.seed));
+    for (const auto token : prompt) {
+        llama_sampler_accept(chain.get(), token);
+    }
+    std::vector<llama_token_data> candidates;
+    for (std::int32_t i = 0; i < size; i++) {
+        candidates.push_back({i, logits[static_cast<std::size_t>(i)], 0.0f});
+    }
+    llama_token_data_array array{candidates.data(), candidates.size(), -1, false};
+    llama_sampler_apply(chain.get(), &array);
+    return array.data[array.selected].id;
+}
+
+SamplingOptions with_grammar(const char* grammar, float temperature = 1.0f) {
+    SamplingOptions options;
+    options.temperature = temperature;
+    options.grammar = grammar;
+    options.seed = 7;
+    return options;
+}
+
+// Samples until the end of the text; random logits.
+std::string generate(const SamplingOptions& options, unsigned seed, int limit = 200) {
+    const NativeScope scope;
+    auto sampler = make_sampler(options);
+    std::string text;
+    for (int i = 0; i < limit; i++) {
+        const auto token = sampler.sample(random_logits(seed * 1000 + static_cast<unsigned>(i)).data());
+        if (token == test::kEos) {
+            return text;
+        }
+        text += token == test::kSpace ? ' ' : static_cast<char>(token - test::kFirstByte);
+    }
+    return text + "<cut off>";
+}
+
+}  // namespace
+
+TEST_CASE("top_candidates is std::partial_sort of all candidates, equals included") {
+    std::mt19937 random(11);
+    for (const int count : {1, 5, 64, 100, 1000, 5000}) {
+        for (const unsigned different : {1u, 3u, 50u, 100'000u}) {
+            for (const int order : {0, 1, -1}) {
+                std::vector<float> values(static_cast<std::size_t>(count));
+                for (auto& value : values) {
+                    value = static_cast<float>(random() % different) - 10.0f;
+                }
+                if (order != 0) {
+                    std::sort(values.begin(), values.end(), [order](float a, float b) { return order > 0 ? a < b : a > b; });
+                }
+                const int k = std::min(count, 40);
+                std::vector<llama_token_data> expected;
+                for (std::int32_t i = 0; i < count; i++) {
+                    expected.push_back({i, values[static_cast<std::size_t>(i)], 0.0f});
+                }
+                std::partial_sort(expected.begin(), expected.begin() + k, expected.end(), [](const auto& a, const auto& b) { return a.logit > b.logit; });
+                std::vector<llama_token_data> selected;
+                top_candidates(values.data(), count, 40, selected);
+                REQUIRE(selected.size() == static_cast<std::size_t>(k));
+                for (std::size_t i = 0; i < selected.size(); i++) {
+                    CHECK_EQ(selected[i].id, expected[i].id);
+                }
+            }
+        }
+    }
+}
+
+TEST_CASE("what is selected ahead of llama.cpp's samplers changes no choice") {
+    std::mt19937 random(3);
+    for (unsigned seed = 0; seed < 300; seed++) {
+        SamplingOptions options;
+        options.seed = seed;
+        options.top_k = static_cast<int>(1 + random() % 60);
+        options.repeat_penalty = seed % 3 == 0 ? 1.0f : 1.3f;
+        options.presence_penalty = seed % 5 == 0 ? 0.4f : 0.0f;
+        options.dry_multiplier = seed % 4 == 0 ? 0.8f : 0.0f;
+        options.dry_sequence_breakers = {"\n"};
+        if (seed % 2 == 0) {
+            options.logit_bias = {{30, 2.0f}, {40, -kInfinity}};
+        }
+        auto logits = random_logits(seed);
+        if (seed % 7 < 3) {
+            std::transform(logits.begin(), logits.end(), logits.begin(), [](float logit) { return std::floor(logit); });  // many equals
+        }
+        std::vector<std::int32_t> prompt;
+        for (int i = 0; i < 100; i++) {
+            prompt.push_back(static_cast<std::int32_t>(3 + random() % 6));
+        }
+        auto sampler = make_sampler(options);
+        sampler.accept_prompt(prompt);
+        CHECK_EQ(sampler.sample(logits.data()), choose_by_full_chain(options, logits, prompt));
+    }
+}
+
+TEST_CASE("min_keep leaves that many candidates") {
+    const auto logits = logits_of({{10, 9.0f}, {20, 5.0f}, {30, 4.5f}});
+    auto options = plain(5.0f);
+    options.min_p = 0.9f;
+    CHECK(sampled(options, logits) == (std::set<int>{10}));
+    options.min_keep = 2;
+    CHECK(sampled(options, logits) == (std::set<int>{10, 20}));
+}
+
+TEST_CASE("the dynamic temperature is high where the choice is open and low where it is not") {
+    auto options = plain(1.0f);
+    options.dynatemp_range = 1.0f;
+    // One clear favourite: the temperature is near 0.
+    const auto clear = logits_of({{10, 8.0f}, {20, 4.0f}});
+    CHECK(sampled(options, clear, 1000) == (std::set<int>{10}));
+    options.dynatemp_range = 0.0f;
+    CHECK(sampled(options, clear, 1000) == (std::set<int>{10, 20}));
+}
+
+TEST_CASE("adaptive_target prefers tokens near that probability") {
+    const auto logits = logits_of({{10, std::log(0.7f)}, {20, std::log(0.2f)}, {30, std::log(0.1f)}});
+    const auto share_of_first = [&](float target) {
+        auto options = plain(1.0f);
+        options.adaptive_target = target;
+        auto sampler = make_sampler(options);
+        int first = 0;
+        for (int i = 0; i < 1000; i++) {
+            first += sampler.sample(logits.data()) == 10 ? 1 : 0;
+        }
+        return first;
+    };
+    CHECK(share_of_first(0.1f) < share_of_first(0.9f));
+    CHECK(share_of_first(0.9f) > 800);
+}
+
+TEST_CASE("infill ends the text where that is likely enough") {
+    const auto logits = logits_of({{test::kEos, 3.0f}, {50, 4.0f}});
+    auto options = plain(0.0f);
+    CHECK_EQ(make_sampler(options).sample(logits.data()), 50);
+    options.infill = true;
+    CHECK_EQ(make_sampler(options).sample(logits.data()), test::kEos);
+}
+
+TEST_CASE("a text with a grammar is of the grammar, whatever the temperature") {
+    for (unsigned seed = 0; seed < 40; seed++) {
+        for (const float temperature : {0.0f, 0.7f, 5.0f}) {
+            const auto text = generate(with_grammar("root ::= (\"yes\" | \"no\") [0-9]{2}", temperature), seed);
+            const bool word = text.rfind("yes", 0) == 0 || text.rfind("no", 0) == 0;
+            CHECK(word && text.size() == (text[0] == 'y' ? 5u : 4u));
+            CHECK(std::isdigit(static_cast<unsigned char>(text[text.size() - 1])) && std::isdigit(static_cast<unsigned char>(text[text.size() - 2])));
+        }
+    }
+}
+
+TEST_CASE("with a grammar the most likely of the allowed tokens is chosen greedily") {
+    const NativeScope scope;
+    auto sampler = make_sampler(with_grammar("root ::= [a-f]", 0.0f));
+    const auto logits = logits_of({{test::byte_token('x'), 9.0f}, {test::byte_token('c'), 2.0f}, {test::byte_token('d'), 3.0f}, {test::kEos, 8.0f}});
+    CHECK_EQ(sampler.sample(logits.data()), test::byte_token('d'));
+    CHECK_EQ(sampler.sample(logits.data()), test::kEos);
+}
+
+TEST_CASE("a grammar's choices are distributed as if the forbidden tokens were not there") {
+    const NativeScope scope;
+    const auto logits = logits_of({{test::byte_token('x'), 3.0f}, {test::byte_token('a'), std::log(3.0f)}, {test::byte_token('b'), 0.0f}});
+    int a = 0;
+    for (unsigned seed = 0; seed < 2000; seed++) {
+        auto options = with_grammar("root ::= [ab]");
+        options.seed = seed;
+        a += make_sampler(options).sample(logits.data()) == test::byte_token('a') ? 1 : 0;
+    }
+    CHECK(a > 1380 && a < 1620);  // three quarters
+}
+
+TEST_CASE("the text may end only where the grammar may, and ends there in spite of ignore_eos") {
+    const NativeScope scope;
+    const auto logits = logits_of({{test::kEos, 9.0f}, {test::byte_token('a'), 1.0f}});
+    for (const float temperature : {0.0f, 1.0f}) {
+        auto options = with_grammar("root ::= \"aa\"", temperature);
+        options.ignore_eos = true;
+        auto sampler = make_sampler(options);
+        CHECK_EQ(sampler.sample(logits.data()), test::byte_token('a'));
+        CHECK_EQ(sampler.sample(logits.data()), test::byte_token('a'));
+        CHECK_EQ(sampler.sample(logits.data()), test::kEos);
+    }
+}
+
+TEST_CASE("a grammar that leaves no token is an error of that request") {
+    const NativeScope scope;
+    auto options = with_grammar("root ::= \"q\"");
+    options.logit_bias[test::byte_token('q')] = -kInfinity;
+    auto sampler = make_sampler(options);
+    CHECK_THROWS(DecodeError, sampler.sample(random_logits(1).data()));
+}
+
+TEST_CASE("a bad grammar is refused with llama.cpp's reason") {
+    const NativeScope scope;
+    const auto reason = [](const std::string& grammar) { return CHECK_THROWS(InvalidOptionError, make_sampler(with_grammar(grammar.c_str()))); };
+    const auto has = [](const std::string& text, const char* part) { return text.find(part) != std::string::npos; };
+    CHECK(has(reason("root := x"), "expecting ::="));
+    CHECK(has(reason("root ::= missing"), "missing"));
+    CHECK(has(reason("start ::= \"x\""), "root"));
+    CHECK(has(reason("root ::= root \"x\" | \"y\""), "left recursion"));
+    CHECK(has(reason("root ::= \"x"), "unexpected end"));
+    CHECK(has(reason(""), "empty"));
+    CHECK(has(reason("root ::= " + std::string(5000, '(')), "5000"));
+}
+
+TEST_CASE("a JSON schema gives JSON of the schema") {
+    SamplingOptions options;
+    options.temperature = 1.5f;
+    options.json_schema = R"({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": false})";
+    options.seed = 1;
+    options.validate();
+    for (unsigned seed = 0; seed < 20; seed++) {
+        std::string text = generate(options, seed);
+        text.erase(std::remove_if(text.begin(), text.end(), [](unsigned char c) { return std::isspace(c) != 0; }), text.end());
+        CHECK(text == R"({"ok":true})" || text == R"({"ok":false})");
+    }
+}
+
+TEST_CASE("a JSON schema that cannot be used is refused when the options are checked") {
+    const auto reason = [](const std::string& schema) {
+        SamplingOptions options;
+        options.json_schema = schema;
+        return CHECK_THROWS(InvalidOptionError, options.validate());
+    };
+    for (const std::string schema : {"{", "[]", R"({"type": "word"})", R"({"$ref": "#/$defs/none"})", R"({"type": "string", "pattern": "^(?=a)$"})", ""}) {
+        CHECK(reason(schema).find("json_schema") == 0);
+    }
+    reason(std::string(100'000, '['));
+    SamplingOptions anything;
+    for (const char* schema : {"{}", "true", R"({"properties": {"a": true}})"}) {
+        anything.json_schema = schema;
+        anything.validate();
+    }
+}
+
+TEST_CASE("a lazy grammar binds from its trigger on, and not inside of thinking") {
+    const NativeScope scope;
+    SamplingOptions options;
+    options.temperature = 0;
+    options.chat_grammar.text = "root ::= \"<\" [0-9] \">\"";
+    options.chat_grammar.lazy = true;
+    options.chat_grammar.trigger_patterns = {"<"};
+    const auto wish = [](Sampler& sampler, const std::string& text) {
+        std::string chosen;
+        for (const char c : text) {
+            const auto token = sampler.sample(logits_of({{test::byte_token(c), 9.0f}, {test::byte_token('5'), 1.0f}, {test::byte_token('>'), 0.5f}}).data());
+            chosen += static_cast<char>(token - test::kFirstByte);
+        }
+        return chosen;
+    };
+    auto sampler = make_sampler(options);
+    CHECK_EQ(wish(sampler, "abc<xy"), "abc<5>");
+
+    options.chat_grammar.thinking_start = {test::byte_token('(')};
+    options.chat_grammar.thinking_end = {{test::byte_token(')')}};
+    auto thinking = make_sampler(options);
+    CHECK_EQ(wish(thinking, "(a<x)b<xy"), "(a<x)b<5>");
+
+    options.chat_grammar.prefill = {test::byte_token('(')};  // it thinks from the start
+    auto prefilled = make_sampler(options);
+    CHECK_EQ(wish(prefilled, "a<x)<xy"), "a<x)<5>");
+}
+
+TEST_CASE("a grammar that is not lazy goes on behind what the prompt has of it") {
+    const NativeScope scope;
+    SamplingOptions options;
+    options.temperature = 0;
+    options.chat_grammar.text = "root ::= \"ab\"";
+    options.chat_grammar.prefill = {test::byte_token('a')};
+    auto sampler = make_sampler(options);
+    CHECK_EQ(sampler.sample(random_logits(1).data()), test::byte_token('b'));
+    options.chat_grammar.prefill = {test::byte_token('x')};
+    CHECK_THROWS(InvalidOptionError, make_sampler(options));
 }

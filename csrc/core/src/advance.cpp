@@ -8,14 +8,16 @@
 namespace llama_moe {
 namespace {
 
-std::string token_text(const SamplingVocabulary& vocabulary, std::int32_t token) {
+std::string token_text(const Request& request, const SamplingVocabulary& vocabulary, std::int32_t token) {
+    const auto& preserved = request.preserved_tokens;
+    const bool special = std::find(preserved.begin(), preserved.end(), token) != preserved.end();
     char buffer[64];
-    const auto size = llama_token_to_piece(vocabulary.vocab, token, buffer, sizeof(buffer), 0, false);
+    const auto size = llama_token_to_piece(vocabulary.vocab, token, buffer, sizeof(buffer), 0, special);
     if (size >= 0) {
         return {buffer, static_cast<std::size_t>(size)};
     }
     std::string text(static_cast<std::size_t>(-size), '\0');
-    llama_token_to_piece(vocabulary.vocab, token, text.data(), -size, 0, false);
+    llama_token_to_piece(vocabulary.vocab, token, text.data(), -size, 0, special);
     return text;
 }
 
@@ -32,7 +34,7 @@ std::vector<GeneratedToken> with_logprobs(Request& request, const SamplingVocabu
             token.logprob = logprobs.front().second.logprob;
             for (const auto& [id, logprob] : logprobs.front().second.top) {
                 Utf8Assembler utf8;
-                std::string text = utf8.push(token_text(vocabulary, id));
+                std::string text = utf8.push(token_text(request, vocabulary, id));
                 text += utf8.finish();
                 token.top.push_back({id, std::move(text), logprob});
             }
@@ -86,7 +88,7 @@ std::int32_t generate_one(Request& request, const SamplingVocabulary& vocabulary
     request.generated++;
     request.tokens.push_back(token);
     advance.tokens++;
-    request.deliver(with_logprobs(request, vocabulary, request.assembler.push(token, token_text(vocabulary, token))));
+    request.deliver(with_logprobs(request, vocabulary, request.assembler.push(token, token_text(request, vocabulary, token))));
     if (request.assembler.stopped()) {
         advance.end = "stop";
     } else if ((request.max_tokens && request.generated >= *request.max_tokens) || room <= 0) {

@@ -9,6 +9,7 @@
 #include "failed_devices.h"
 #include "ggml-rpc.h"
 #include "llama.h"
+#include "log.h"
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
 #include "llama_moe/process.h"
@@ -71,6 +72,7 @@ void start_backend() {
     static std::once_flag once;
     std::call_once(once, [] {
         capture_native_log();
+        common_log_set_verbosity_thold(-1);  // the `common` library's own log prints; below zero it is silent
         install_abort_handler();
         ggml_backend_load_all();
         llama_backend_init();

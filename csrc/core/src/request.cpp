@@ -42,6 +42,7 @@ Request::Request(RequestKind request_kind, std::vector<std::int32_t> prompt, con
       prompt_size(prompt.size()),
       max_tokens(options.max_tokens),
       logprobs(options.logprobs),
+      preserved_tokens(options.preserved_tokens),
       timeout(delivery.timeout),
       deadline(deadline_of(submitted, timeout)),
       tag(delivery.tag),

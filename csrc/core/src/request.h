@@ -29,6 +29,7 @@ struct Request {
     const std::size_t prompt_size;
     const std::optional<int> max_tokens;
     const std::optional<int> logprobs;
+    const std::vector<std::int32_t> preserved_tokens;  // control tokens whose text is part of the output
     EmbeddingOptions embedding;
     const Clock::time_point submitted = Clock::now();
     const std::optional<double> timeout;
