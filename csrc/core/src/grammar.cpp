@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "json-schema-to-grammar.h"
+#include "llama_moe/device.h"
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
 #include "native_thread.h"
@@ -105,6 +106,7 @@ void check_grammar_size(const std::string& text) {
 }
 
 std::string grammar_of_schema(const std::string& schema) {
+    start_backend();  // the log is captured from then on
     const NativeScope scope;
     if (nesting(schema, "{[", "}]", "\"", "\"") > kMaxNesting) {
         throw InvalidOptionError("json_schema is nested deeper than " + std::to_string(kMaxNesting) + " levels");
