@@ -27,7 +27,7 @@ def engine(model: Model) -> Iterator[Engine]:
 GRAMMARS = [
     ('root ::= ("yes" | "no") ("," [0-9]{1,3})?', r"(yes|no)(,[0-9]{1,3})?"),
     ('root ::= word (" " word){0,3} "."\nword ::= [a-z]{1,5}', r"[a-z]{1,5}( [a-z]{1,5}){0,3}\."),
-    ('root ::= "é" [α-ω]{2} "🦙"', r"é[α-ω]{2}🦙"),
+    ('root ::= "é" [\u0430-\u0434]{2} "🦙"', "é[\u0430-\u0434]{2}🦙"),
     ('root ::= nested\nnested ::= "(" nested? ")"', r"\(+\)+"),
     ("root ::= [^a-y \\n]{3}", r"[^a-y \n]{3}"),
 ]
