@@ -380,7 +380,7 @@ def _checked_messages(messages: Sequence[Mapping[str, object]]) -> Sequence[Mapp
         raise TypeError(f"messages must be a sequence of mappings with a role and content, not {messages!r}")
     if not messages:
         raise InvalidOptionError("messages is empty; give at least one message")
-    for index, message in enumerate(messages):
+    for index, message in enumerate(cast("Sequence[object]", messages)):
         if not isinstance(message, Mapping):
             raise InvalidOptionError(f"messages[{index}] is {message!r}; it must be a mapping with a role and content")
         role = message.get("role")
@@ -425,10 +425,11 @@ def _offered_tools(tools: Sequence[Mapping[str, object]] | None, tool_choice: To
     return offered
 
 
-def _tool_name(index: int, tool: Mapping[str, object]) -> str:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
+def _tool_name(index: int, tool: object) -> str:
+    fields = tool if isinstance(tool, Mapping) else {}
+    function = fields.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str) or not name or tool.get("type") != "function":
+    if not isinstance(name, str) or not name or fields.get("type") != "function":
         raise InvalidOptionError(
             f"tools[{index}] is {tool!r}; expected {{'type': 'function', 'function': {{'name': ..., 'parameters': ...}}}}"
         )

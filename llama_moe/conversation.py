@@ -48,8 +48,9 @@ class ChatMethods:
                 text or a list of text parts; `tool_calls`, `tool_call_id`, `name` and `reasoning_content` where they belong.
             params: how to sample; None: the defaults.
             tools: functions that the model may ask to call, of the OpenAI API's shape.
-            tool_choice: "auto": as the model likes; "none": not; "required": at least one; {"function": {"name": ...}}: that one.
-            parallel_tool_calls: whether it may ask for several at once.
+            tool_choice: "auto": as the model likes; "none": not; "required": at least one, behind text if it likes;
+                {"function": {"name": ...}}: that one.
+            parallel_tool_calls: whether it may ask for several at once, in formats where that can be told apart.
             response_format: {"type": "text"}; {"type": "json_object"}; or {"type": "json_schema", "json_schema": {"schema": ...}}: the
                 answer is JSON of that schema.
             enable_thinking: for templates that ask: whether the model thinks first.

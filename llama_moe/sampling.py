@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -132,6 +131,8 @@ def to_json(name: str, value: object) -> str:
     Raises:
         InvalidOptionError: it has what JSON does not.
     """
+    import json
+
     try:
         return json.dumps(value, default=_plain, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

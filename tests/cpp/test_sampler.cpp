@@ -608,6 +608,18 @@ TEST_CASE("a grammar that leaves no token is an error of that request") {
     CHECK_THROWS(DecodeError, sampler.sample(random_logits(1).data()));
 }
 
+TEST_CASE("what a grammar allows is well-formed text, without control tokens") {
+    const NativeScope scope;
+    auto sampler = make_sampler(with_grammar("root ::= [^a]{2}", 0.0f));
+    const auto byte = [](int value) { return test::kFirstByte + value; };
+    // <s> would be three characters by its name; E0 82 A9 is U+00A9 in a byte too many.
+    CHECK_EQ(sampler.sample(logits_of({{test::kBos, 9.0f}, {byte(0xE0), 8.0f}, {byte('b'), 1.0f}}).data()), byte(0xE0));
+    CHECK_EQ(sampler.sample(logits_of({{byte(0x82), 9.0f}, {byte(0xA2), 1.0f}}).data()), byte(0xA2));
+    CHECK_EQ(sampler.sample(logits_of({{byte('b'), 9.0f}, {byte(0xA9), 1.0f}}).data()), byte(0xA9));
+    CHECK_EQ(sampler.sample(logits_of({{byte(0xC0), 9.0f}, {byte('b'), 1.0f}}).data()), byte('b'));
+    CHECK_EQ(sampler.sample(random_logits(1).data()), test::kEos);
+}
+
 TEST_CASE("a bad grammar is refused with llama.cpp's reason") {
     const NativeScope scope;
     const auto reason = [](const std::string& grammar) { return CHECK_THROWS(InvalidOptionError, make_sampler(with_grammar(grammar.c_str()))); };

@@ -135,3 +135,17 @@ TEST_CASE("Utf8Assembler gives the same text however random bytes are split") {
         CHECK_EQ(assemble(random_split(bytes, random)), expected);
     }
 }
+
+TEST_CASE("Utf8Assembler accepts what it would replace nothing of") {
+    std::mt19937 random(2);
+    for (int round = 0; round < 20'000; round++) {
+        const std::string bytes = random_bytes(random);
+        const std::size_t cut = bytes.empty() ? 0 : random() % bytes.size();
+        Utf8Assembler assembler;
+        const bool whole_so_far = Utf8Assembler().accepts(std::string_view(bytes).substr(0, cut));
+        std::string text = assembler.push(std::string_view(bytes).substr(0, cut));
+        const bool accepts = assembler.accepts(std::string_view(bytes).substr(cut));
+        text += assembler.push(std::string_view(bytes).substr(cut));
+        CHECK_EQ(whole_so_far && accepts, bytes.compare(0, text.size(), text) == 0);
+    }
+}

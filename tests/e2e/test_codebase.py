@@ -43,6 +43,12 @@ def test_only_one_file_includes_the_experimental_header() -> None:
     assert users == ["native_context.cpp"]
 
 
+def test_the_common_library_is_behind_a_file_for_each_part_of_it() -> None:
+    headers = {"chat.h": "chat.cpp", "json-schema-to-grammar.h": "grammar.cpp", "reasoning-budget.h": "grammar.cpp", "log.h": "device.cpp"}
+    for header, only_user in headers.items():
+        assert {file.name for file in cpp_files(_CORE, REPOSITORY / "csrc" / "bindings") if header in includes(file)} == {only_user}
+
+
 def test_bindings_release_the_gil_in_one_place() -> None:
     bindings = list(cpp_files(REPOSITORY / "csrc" / "bindings"))
     releasing = {file.name for file in bindings if "gil_scoped_release" in file.read_text(encoding="utf-8")}

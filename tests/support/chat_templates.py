@@ -35,7 +35,8 @@ HERMES = """
 {%- if message['content'] %}{{ message['content'] }}{% endif %}
 {%- for call in message['tool_calls'] or [] %}
 {{- '\\n<tool_call>\\n{"name": "' + call['function']['name'] + '", "arguments": ' }}
-{%- if call['function']['arguments'] is string %}{{ call['function']['arguments'] }}{% else %}{{ call['function']['arguments'] | tojson }}{% endif %}
+{%- set arguments = call['function']['arguments'] %}
+{%- if arguments is string %}{{ arguments }}{% else %}{{ arguments | tojson }}{% endif %}
 {{- '}\\n</tool_call>' }}
 {%- endfor %}
 {{- '<|im_end|>\\n' }}
@@ -74,7 +75,8 @@ MISTRAL = """
 {%- for call in message['tool_calls'] %}
 {%- if call['id'] is not defined or call['id'] | length != 9 %}{{ raise_exception('tool call ids have 9 characters') }}{% endif %}
 {{- '{"name": "' + call['function']['name'] + '", "arguments": ' }}
-{%- if call['function']['arguments'] is string %}{{ call['function']['arguments'] }}{% else %}{{ call['function']['arguments'] | tojson }}{% endif %}
+{%- set arguments = call['function']['arguments'] %}
+{%- if arguments is string %}{{ arguments }}{% else %}{{ arguments | tojson }}{% endif %}
 {{- ', "id": "' + call['id'] + '"}' }}{% if not loop.last %}{{ ', ' }}{% endif %}
 {%- endfor %}
 {{- ']' + eos_token }}

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from dataclasses import FrozenInstanceError, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,11 +32,14 @@ def test_fields_and_defaults_are_those_of_the_native_options() -> None:
 OTHER_VALUES: dict[str, Any] = {
     "max_tokens": 7,
     "temperature": 0.0,
+    "dynatemp_range": 0.5,
+    "dynatemp_exponent": 2.0,
     "top_k": 3,
     "top_p": 0.5,
     "min_p": 0.25,
     "typical_p": 0.5,
     "top_n_sigma": 1.5,
+    "min_keep": 3,
     "repeat_penalty": 1.25,
     "presence_penalty": 0.5,
     "frequency_penalty": 0.75,
@@ -49,11 +54,16 @@ OTHER_VALUES: dict[str, Any] = {
     "mirostat": 2,
     "mirostat_tau": 4.0,
     "mirostat_eta": 0.25,
+    "adaptive_target": -2.0,
+    "adaptive_decay": 0.5,
+    "infill": True,
     "seed": 2**32 - 1,
     "stop": ("a", "b"),
     "logprobs": 5,
     "logit_bias": {3: -1.5},
     "ignore_eos": True,
+    "grammar": 'root ::= "x"',
+    "json_schema": None,
 }
 
 
@@ -144,3 +154,42 @@ def test_a_value_out_of_range_is_refused_at_once_with_the_range(name: str, value
 def test_a_value_of_another_type_is_refused_with_its_name(name: str, value: object) -> None:
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_json_schema_is_json_or_a_mapping() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    params = SamplingParams(json_schema=schema)
+    assert params.json_schema == json.dumps(schema)
+    assert params == SamplingParams(json_schema=json.dumps(schema))
+    assert hash(params) == hash(SamplingParams(json_schema=MappingProxyType(schema)))
+    schema["type"] = "array"
+    assert "array" not in str(params.json_schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ("{", "not JSON"),
+        ("3", "must be an object"),
+        ({"type": "word"}, "word"),
+        ({"$ref": "#/$defs/none"}, "cannot resolve"),
+        ({"type": "string", "pattern": "a(?=b)"}, "cannot be enforced"),
+        ({"enum": [float("nan")]}, "JSON"),
+        ({"enum": [object()]}, "JSON"),
+        ("[" * 100_000, "nested"),
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_refused_at_once(schema: Any, reason: str) -> None:
+    with pytest.raises(InvalidOptionError, match=reason) as caught:
+        SamplingParams(json_schema=schema)
+    assert "json_schema" in str(caught.value)
+
+
+def test_a_grammar_and_a_schema_exclude_each_other() -> None:
+    with pytest.raises(InvalidOptionError, match="one of them"):
+        SamplingParams(grammar='root ::= "x"', json_schema={})
+    with pytest.raises(InvalidOptionError, match="grammar is empty"):
+        SamplingParams(grammar=" ")
+    for wrong in ({"grammar": 3}, {"json_schema": 3}, {"infill": 1}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            SamplingParams(**wrong)  # type: ignore[arg-type]

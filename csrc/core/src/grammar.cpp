@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "json-schema-to-grammar.h"
+#include "llama_moe/device.h"
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
 #include "native_thread.h"
@@ -105,6 +106,7 @@ void check_grammar_size(const std::string& text) {
 }
 
 std::string grammar_of_schema(const std::string& schema) {
+    start_backend();  // the log is captured from then on
     const NativeScope scope;
     if (nesting(schema, "{[", "}]", "\"", "\"") > kMaxNesting) {
         throw InvalidOptionError("json_schema is nested deeper than " + std::to_string(kMaxNesting) + " levels");
@@ -132,7 +134,8 @@ std::string grammar_of_schema(const std::string& schema) {
     return grammar;
 }
 
-Grammar::Grammar(const ChatGrammar& grammar, const llama_vocab* vocab) : lazy_(grammar.lazy) {
+Grammar::Grammar(const ChatGrammar& grammar, const llama_vocab* vocab, bool names_tokens)
+    : vocab_(vocab), names_tokens_(names_tokens), lazy_(grammar.lazy) {
     check_grammar_size(grammar.text);
     ErrorLog errors;
     try {
@@ -178,17 +181,38 @@ bool Grammar::applies() const {
     return grammar_ != nullptr && !thinking();
 }
 
+std::string Grammar::text_of(std::int32_t token) const {
+    std::string text(32, '\0');
+    auto size = llama_token_to_piece(vocab_, token, text.data(), static_cast<std::int32_t>(text.size()), 0, names_tokens_);
+    if (size < 0) {
+        text.resize(static_cast<std::size_t>(-size));
+        size = llama_token_to_piece(vocab_, token, text.data(), -size, 0, names_tokens_);
+    }
+    text.resize(static_cast<std::size_t>(std::max(size, 0)));
+    return text;
+}
+
+// llama.cpp's grammars also take ill-formed UTF-8, such as a character in more bytes than it needs, and control tokens by their
+// names. Neither would be in the output as the grammar has it.
+bool Grammar::is_text(std::int32_t token) const {
+    if (lazy_ || llama_vocab_is_eog(vocab_, token)) {
+        return true;
+    }
+    const std::string text = text_of(token);
+    return !text.empty() && utf8_.accepts(text);
+}
+
 bool Grammar::allows(std::int32_t token) const {
     llama_token_data candidate{token, 1.0f, 0.0f};
     llama_token_data_array array{&candidate, 1, -1, false};
     llama_sampler_apply(grammar_.get(), &array);
-    return candidate.logit != kForbidden;
+    return candidate.logit != kForbidden && is_text(token);
 }
 
 void Grammar::filter(std::vector<llama_token_data>& candidates) const {
     llama_token_data_array array{candidates.data(), candidates.size(), -1, false};
     llama_sampler_apply(grammar_.get(), &array);
-    const auto forbidden = [](const llama_token_data& candidate) { return candidate.logit == kForbidden; };
+    const auto forbidden = [this](const llama_token_data& candidate) { return candidate.logit == kForbidden || !is_text(candidate.id); };
     candidates.erase(std::remove_if(candidates.begin(), candidates.end(), forbidden), candidates.end());
 }
 
@@ -212,6 +236,9 @@ void Grammar::accept(std::int32_t token) {
 void Grammar::advance(std::int32_t token) {
     if (!grammar_) {
         return;
+    }
+    if (!lazy_ && !llama_vocab_is_eog(vocab_, token)) {
+        utf8_.push(text_of(token));
     }
     try {
         llama_sampler_accept(grammar_.get(), token);

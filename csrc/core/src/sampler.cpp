@@ -69,17 +69,15 @@ llama_sampler_ptr make_chain() {
 }
 
 std::optional<Grammar> make_grammar(const SamplingOptions& options, const llama_vocab* vocab) {
-    ChatGrammar grammar;
-    if (options.grammar) {
-        grammar.text = *options.grammar;
-    } else if (options.json_schema) {
-        grammar.text = grammar_of_schema(*options.json_schema);
-    } else if (!options.chat_grammar.text.empty()) {
-        grammar = options.chat_grammar;
-    } else {
-        return std::nullopt;
+    if (options.grammar || options.json_schema) {
+        ChatGrammar grammar;
+        grammar.text = options.grammar ? *options.grammar : grammar_of_schema(*options.json_schema);
+        return std::make_optional<Grammar>(grammar, vocab, /*names_tokens=*/false);
     }
-    return std::make_optional<Grammar>(grammar, vocab);
+    if (!options.chat_grammar.text.empty()) {
+        return std::make_optional<Grammar>(options.chat_grammar, vocab, /*names_tokens=*/true);
+    }
+    return std::nullopt;
 }
 
 void all_candidates(const float* values, int count, std::vector<llama_token_data>& candidates) {

@@ -56,6 +56,19 @@ std::string Utf8Assembler::push(std::string_view bytes) {
     return text;
 }
 
+bool Utf8Assembler::accepts(std::string_view bytes) const {
+    const std::string all = held_ + std::string(bytes);
+    std::string_view rest = all;
+    while (!rest.empty()) {
+        const auto [size, valid] = read_character(rest);
+        if (!valid) {
+            return size == 0;
+        }
+        rest.remove_prefix(size);
+    }
+    return true;
+}
+
 std::string Utf8Assembler::finish() {
     // What is held is one maximal subpart: a truncated, so far well-formed character.
     const bool incomplete = !held_.empty();

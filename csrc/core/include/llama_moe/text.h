@@ -15,6 +15,8 @@ class Utf8Assembler {
     std::string push(std::string_view bytes);
     std::string finish();
     bool holds_bytes() const { return !held_.empty(); }
+    // Whether push() would replace nothing.
+    bool accepts(std::string_view bytes) const;
 
    private:
     std::string held_;  // at most three bytes
