@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-import numpy as np
-
 from . import _core, _logging
 from ._files import write_whole
 from ._options import fill_context
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Literal
 
+    import numpy as np
     import numpy.typing as npt
     from typing_extensions import Self
 
@@ -299,6 +298,8 @@ class Engine(ChatMethods):
         if pooling == "none":
             each = [row.reshape(-1, width) for row in rows]
             return each[0] if single else each
+        import numpy as np  # late: most of what imports this package needs none of it
+
         return rows[0] if single else np.stack(rows) if rows else np.empty((0, width), np.float32)
 
     @overload

@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from .errors import InvalidOptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeAlias
 
+    import numpy as np
     import numpy.typing as npt
 
     Pooling: TypeAlias = Literal["mean", "last", "cls", "none"]
@@ -34,7 +33,7 @@ class Score:
     @property
     def total(self) -> float:
         """The text's log-probability, given its first token."""
-        return float(self.logprobs.sum(dtype=np.float64))
+        return float(self.logprobs.sum(dtype=float))
 
     @property
     def perplexity(self) -> float:
@@ -58,7 +57,7 @@ def perplexity(score: Callable[[list[list[int]]], list[Score]], tokens: list[int
     known = 1  # tokens, from the text's first one on, that were counted or have no probability
     for begin, part in zip(begins, scores, strict=True):
         fresh = part.logprobs[known - begin - 1 :]
-        total += float(fresh.sum(dtype=np.float64))
+        total += float(fresh.sum(dtype=float))
         counted += len(fresh)
         known += len(fresh)
     return math.exp(-total / counted)
