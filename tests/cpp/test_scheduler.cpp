@@ -384,16 +384,3 @@ TEST_CASE("scheduler: embeddings are pooled over all tokens, beside generation")
         CHECK_EQ(generated(*running), expected(simulation, *running));
     }
 }
-
-TEST_CASE("scheduler: a gap between sequences is closed by a token that leaves no trace") {
-    Simulation simulation;
-    const auto first = simulation.submit(prompt_of(3, 1), 30);
-    const auto second = simulation.submit(prompt_of(3, 2), 2);
-    const auto third = simulation.submit(prompt_of(3, 3), 30);
-    CHECK(simulation.run());
-    const bool bridged = simulation.decoder.decoded_tokens > static_cast<int>(simulation.scheduler.stats().prompt_tokens + 29 + 1 + 29);
-    CHECK(bridged);
-    for (const auto& request : {first, second, third}) {
-        CHECK_EQ(generated(*request), expected(simulation, *request));
-    }
-}

@@ -10,8 +10,6 @@ namespace {
 
 using Tokens = std::vector<std::int32_t>;
 
-// A gap of so many sequences in a batch is filled; see bridge().
-constexpr std::size_t kLongestBridge = 2;
 // Sampling so many logits in all is worth waking other threads for.
 constexpr int kParallelLogits = 1 << 16;
 
@@ -267,7 +265,9 @@ void Scheduler::make_drafts() {
 }
 
 // First what generates, then prompts in turn, as many tokens as one micro-batch takes: a long prompt holds nobody up for
-// longer, and a new one waits for no more than that. Embeddings need batches of their own, in turn with the others.
+// longer, and a new one waits for no more than that. Embeddings need batches of their own, in turn with the others. Sequences go
+// in the order of their numbers, since llama.cpp computes those together that follow each other. (Closing a gap with a token that
+// is thrown away afterwards was measured to cost as much as the pass over the weights that it saves.)
 void Scheduler::fill_batch() {
     batch_.clear();
     in_batch_.clear();
@@ -285,16 +285,9 @@ void Scheduler::fill_batch() {
         const int generating = plan_generation();
         plan_prompts(std::min(std::max(1, limits_.micro_batch_size - generating), limits_.batch_size - generating));
     }
-    std::size_t spare = static_cast<std::size_t>(limits_.batch_size);
-    for (const auto& slot : slots_) {
-        spare -= static_cast<std::size_t>(slot.count) + slot.draft.size();
-    }
-    std::size_t before = slots_.size();
     for (std::size_t i = 0; i < slots_.size(); i++) {
         if (slots_[i].count > 0) {
-            spare -= before + 1 < i ? bridge(before + 1, i, spare) : 0;
             add_to_batch(i);
-            before = i;
         }
     }
 }
@@ -358,34 +351,11 @@ void Scheduler::add_to_batch(std::size_t index) {
     in_batch_.push_back(&request);
 }
 
-// llama.cpp computes sequences with buffers of their own together only when their numbers follow each other without a gap: a
-// gap costs another pass over the weights. A token that is thrown away afterwards closes it for less. Returns how many it took.
-std::size_t Scheduler::bridge(std::size_t begin, std::size_t end, std::size_t spare) {
-    const std::size_t gap = end - begin;
-    const auto full = [&](const Slot& slot) { return static_cast<int>(slot.cached.size()) >= limits_.context_size; };
-    const auto first = slots_.begin() + static_cast<std::ptrdiff_t>(begin);
-    if (gap > std::min(kLongestBridge, spare) || embedding_batch_ || decoder_.shares_cells() || !decoder_.can_truncate() ||
-        std::any_of(first, first + static_cast<std::ptrdiff_t>(gap), full)) {
-        return 0;
-    }
-    for (std::size_t i = begin; i < end; i++) {
-        const auto& cached = slots_[i].cached;
-        batch_.push_back({cached.empty() ? 0 : cached.back(), static_cast<int>(cached.size()), static_cast<int>(i), false});
-    }
-    return gap;
-}
-
 DecodeStatus Scheduler::decode() {
     const auto begin = Clock::now();
     const DecodeStatus status = decoder_.decode(batch_, embedding_batch_);
     stats_.decode_seconds += seconds_since(begin);
     stats_.decode_calls++;
-    for (const auto& token : batch_) {  // bridges
-        const auto& slot = slots_[static_cast<std::size_t>(token.sequence)];
-        if (slot.count == 0) {
-            decoder_.truncate(token.sequence, static_cast<int>(slot.cached.size()));
-        }
-    }
     return status;
 }
 

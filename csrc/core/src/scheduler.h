@@ -84,7 +84,6 @@ class Scheduler {
     int plan_generation();
     void plan_prompts(int room);
     void add_to_batch(std::size_t index);
-    std::size_t bridge(std::size_t begin, std::size_t end, std::size_t spare);
     DecodeStatus decode();
     bool make_room();
     void batch_failed(DecodeStatus status);
