@@ -1,3 +1,5 @@
+#include <cstring>
+
 #include "bindings.h"
 #include "llama_moe/error.h"
 
@@ -32,6 +34,16 @@ std::vector<std::int32_t> to_integers(const py::object& values, const char* name
         result.push_back(static_cast<std::int32_t>(value));
     }
     return result;
+}
+
+py::bytes to_bytes(const std::string& data) {
+    auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(data.size())));
+    if (!bytes) {
+        throw py::error_already_set();
+    }
+    char* target = PyBytes_AS_STRING(bytes.ptr());
+    without_gil([&] { std::memcpy(target, data.data(), data.size()); });
+    return bytes;
 }
 
 }  // namespace llama_moe::bindings

@@ -91,6 +91,9 @@ MemoryTuples to_tuples(const std::vector<MemoryRow>& rows);
 using BreakdownTuples = std::vector<std::tuple<std::string, std::string, std::string, std::uint64_t>>;
 BreakdownTuples to_tuples(const std::vector<BreakdownRow>& rows);
 
+// Saved states may be gigabytes: they are copied without the GIL.
+py::bytes to_bytes(const std::string& data);
+
 // A one-dimensional array or sequence of integers; anything else is an InvalidOptionError that names it.
 std::vector<std::int32_t> to_integers(const py::object& values, const char* name);
 

@@ -98,14 +98,13 @@ void bind_context(py::module_& m) {
         .def(
             "save_state",
             [](const ContextHandle& context, int sequence_id) {
-                return py::bytes(without_gil([&] { return context->save_state(sequence_id, poll_signals()); }));
+                return to_bytes(without_gil([&] { return context->save_state(sequence_id, poll_signals()); }));
             },
             py::arg("sequence_id"))
         .def(
             "load_state",
             [](const ContextHandle& context, const py::bytes& data, int sequence_id) {
-                const std::string copy = data;
-                without_gil([&] { context->load_state(copy, sequence_id, poll_signals()); });
+                without_gil([&, view = std::string_view(data)] { context->load_state(view, sequence_id, poll_signals()); });
             },
             py::arg("data"), py::arg("sequence_id"))
         .def("memory", [](const ContextHandle& context) { return to_tuples(without_gil([&] { return context->memory(poll_signals()); })); })

@@ -55,15 +55,6 @@ std::map<std::string, std::variant<std::uint64_t, double>> to_python(const Engin
             {"sample_seconds", stats.sample_seconds}};
 }
 
-// [n], or [rows, width].
-py::array_t<float> to_array(const std::vector<float>& values, std::optional<int> width) {
-    if (!width) {
-        return py::array_t<float>(static_cast<py::ssize_t>(values.size()), values.data());
-    }
-    const auto columns = static_cast<py::ssize_t>(*width);
-    return py::array_t<float>({static_cast<py::ssize_t>(values.size()) / columns, columns}, values.data());
-}
-
 Pooling parse_pooling(const std::string& name) {
     const std::map<std::string, Pooling> known = {{"none", Pooling::none}, {"mean", Pooling::mean}, {"cls", Pooling::cls}, {"last", Pooling::last}};
     const auto found = known.find(name);
@@ -102,12 +93,10 @@ void bind_engine(py::module_& m) {
         .def("cancel", [](const GenerationHandle& generation) { without_gil([&] { generation->cancel(); }); })
         .def("check_lost", [](const GenerationHandle& generation) { without_gil([&] { generation->check_lost(); }); })
         .def("result", [](const GenerationHandle& generation) { return generation->result(); })
-        .def(
-            "take_values",
-            [](const GenerationHandle& generation, std::optional<int> width) {
-                return to_array(without_gil([&] { return generation->take_values(poll_signals()); }), width);
-            },
-            py::arg("width") = py::none());
+        .def("take_values", [](const GenerationHandle& generation) {
+            const auto values = without_gil([&] { return generation->take_values(poll_signals()); });
+            return py::array_t<float>(static_cast<py::ssize_t>(values.size()), values.data());
+        });
 
     py::class_<EngineHandle> engine(m, "Engine");
     engine
@@ -133,14 +122,13 @@ void bind_engine(py::module_& m) {
             "save_prefix",
             [](const EngineHandle& engine, const py::object& prompt) {
                 auto tokens = to_integers(prompt, "prompt");
-                return py::bytes(without_gil([&] { return engine->save_prefix(std::move(tokens), poll_signals()); }));
+                return to_bytes(without_gil([&] { return engine->save_prefix(std::move(tokens), poll_signals()); }));
             },
             py::arg("prompt"))
         .def(
             "load_prefix",
             [](const EngineHandle& engine, const py::bytes& data) {
-                const std::string copy = data;
-                return without_gil([&] { return engine->load_prefix(copy, poll_signals()); });
+                return without_gil([&, view = std::string_view(data)] { return engine->load_prefix(view, poll_signals()); });
             },
             py::arg("data"))
         .def("clear_prefixes", [](const EngineHandle& engine) { without_gil([&] { engine->clear_prefixes(poll_signals()); }); })

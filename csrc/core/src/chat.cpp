@@ -8,6 +8,7 @@
 #include "chat.h"
 #include "common.h"
 #include "llama_moe/error.h"
+#include "llama_moe/process.h"
 #include "loaded_model.h"
 #include "native_thread.h"
 
@@ -164,6 +165,7 @@ std::map<std::string, bool> ChatTemplate::capabilities() const {
 }
 
 ChatPrompt ChatTemplate::apply(const ChatRequest& request) const {
+    require_same_process("the chat template");
     check_tools(request, capabilities());
     const auto inputs = inputs_of(request);
     if (inputs.messages.empty()) {

@@ -316,7 +316,7 @@ std::string Context::save_state(int sequence, const Poll& poll) {
     return std::move(*saved);
 }
 
-void Context::load_state(const std::string& data, int sequence, const Poll& poll) {
+void Context::load_state(std::string_view data, int sequence, const Poll& poll) {
     check_sequence(sequence, true);
     unpack_state(data, sequence < 0 ? StateKind::context : StateKind::sequence);
     auto copy = std::make_shared<std::string>(data);

@@ -43,10 +43,17 @@ std::string pack_prefix(const EngineOptions& options, std::uint64_t fingerprint,
     return data;
 }
 
-SavedPrefix unpack_prefix(const EngineOptions& options, const std::string& data) {
+SavedPrefix unpack_prefix(const EngineOptions& options, std::string_view data) {
     const auto payload = unpack_state(data, StateKind::prefix);
     PrefixHeader header;
-    std::memcpy(&header, payload.data(), sizeof(header));  // its size was checked with the checksum
+    if (payload.size() < sizeof(header)) {
+        throw InvalidOptionError("the saved prefix is too short for its header");
+    }
+    std::memcpy(&header, payload.data(), sizeof(header));
+    header.kv_type[sizeof(header.kv_type) - 1] = '\0';
+    if (header.tokens > (payload.size() - sizeof(header)) / sizeof(std::int32_t)) {
+        throw InvalidOptionError("the saved prefix says that it has " + std::to_string(header.tokens) + " tokens; it is too short for them");
+    }
     const PrefixHeader own = prefix_header(options, header.tokens);
     if (std::strcmp(header.kv_type, own.kv_type) != 0) {
         throw InvalidOptionError(std::string("the saved prefix has kv_type '") + header.kv_type + "'; this engine has '" + own.kv_type + "'");
@@ -296,7 +303,7 @@ std::string Engine::save_prefix(std::vector<std::int32_t> prompt, const Poll& po
     return pack_prefix(options_, fingerprint, prompt, generation->take_state(poll));
 }
 
-int Engine::load_prefix(const std::string& data, const Poll& poll) {
+int Engine::load_prefix(std::string_view data, const Poll& poll) {
     check_state_model(data, model_->acquire()->fingerprint);
     auto prefix = std::make_shared<SavedPrefix>(unpack_prefix(options_, data));
     check_prompt(prefix->tokens);

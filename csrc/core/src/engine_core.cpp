@@ -205,8 +205,14 @@ void EngineCore::submit(const std::shared_ptr<Request>& request, bool wait, cons
     check_open();
     const auto limit = static_cast<std::size_t>(options_.max_queue);
     if (wait) {
-        wait_with_poll(changed_, lock, checked(poll), [&] { return closed_ || failure_ || waiting_.size() < limit; });
+        const bool room = wait_with_poll(changed_, lock, checked(poll), [&] { return closed_ || failure_ || waiting_.size() < limit; },
+                                         request->deadline);
         check_open();
+        if (!room) {
+            lock.unlock();
+            request->fail_by_timeout();
+            std::rethrow_exception(request->error);
+        }
     } else if (waiting_.size() >= limit) {
         throw QueueFullError("the queue is full: " + std::to_string(waiting_.size()) + " requests wait (max_queue is " +
                              std::to_string(options_.max_queue) + ") for " + std::to_string(limits_.max_sequences) + " sequences; try again later");

@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "llama_moe/memory.h"
@@ -68,7 +69,7 @@ class Context : public ModelUser {
     int sequence_length(int sequence, const Poll& poll = {});
 
     std::string save_state(int sequence, const Poll& poll = {});  // sequence -1: the whole context
-    void load_state(const std::string& data, int sequence, const Poll& poll = {});
+    void load_state(std::string_view data, int sequence, const Poll& poll = {});
 
     std::vector<MemoryRow> memory(const Poll& poll = {});
     std::vector<BreakdownRow> breakdown(const Poll& poll = {});

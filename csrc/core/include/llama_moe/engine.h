@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "llama_moe/context.h"
@@ -145,7 +146,7 @@ class Engine : public ModelUser {
     // Computes a prompt and returns its KV cache, for load_prefix() of an engine with the same model, sequences and KV type.
     std::string save_prefix(std::vector<std::int32_t> prompt, const Poll& poll = {});
     // From now on prompts that begin like a saved one are computed from there. Returns its length in tokens.
-    int load_prefix(const std::string& data, const Poll& poll = {});
+    int load_prefix(std::string_view data, const Poll& poll = {});
     void clear_prefixes(const Poll& poll = {});
 
     std::vector<MemoryRow> memory(const Poll& poll = {});
