@@ -6,6 +6,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "decoder.h"
@@ -21,6 +22,7 @@ class SimulatedDecoder : public llama_moe::Decoder {
         int micro_batch_size = 8;
         int pool = 0;  // cells of a shared pool
         int draft = 0;
+        int score_rows = 4;
         bool can_truncate = true;
         double failures = 0;  // share of calls that fail, and as many that are aborted
         unsigned seed = 1;
@@ -33,6 +35,7 @@ class SimulatedDecoder : public llama_moe::Decoder {
           last_(last_token),
           vocab_size_(vocab_size),
           cells_(static_cast<std::size_t>(options.sequences)),
+          data_(static_cast<std::size_t>(options.sequences)),
           random_(options.seed) {}
 
     // The token that follows these.
@@ -60,7 +63,7 @@ class SimulatedDecoder : public llama_moe::Decoder {
     std::vector<llama_moe::BatchToken> last_batch;
 
     const llama_moe::ContextLimits& limits() const override { return limits_; }
-    int max_outputs() const override { return options_.sequences * (1 + options_.draft) + 4; }
+    int max_outputs() const override { return options_.sequences * (1 + options_.draft) + options_.score_rows; }
     int max_draft() const override { return options_.draft; }
     bool can_truncate() const override { return options_.can_truncate; }
     bool shares_cells() const override { return options_.pool > 0; }
@@ -73,6 +76,10 @@ class SimulatedDecoder : public llama_moe::Decoder {
         if (options_.pool > 0 && used() + static_cast<int>(batch.size()) > options_.pool) {
             return llama_moe::DecodeStatus::full;
         }
+        for (const auto& [source, destination] : copies_) {  // as llama.cpp does, not before
+            data_[destination] = data_[source];
+        }
+        copies_.clear();
         const double luck = std::uniform_real_distribution<>(0, 1)(random_);
         // A call that fails or is aborted leaves some of its tokens behind.
         const std::size_t applied = luck < 2 * options_.failures ? random_() % (batch.size() + 1) : batch.size();
@@ -88,10 +95,13 @@ class SimulatedDecoder : public llama_moe::Decoder {
             require(token.position == static_cast<int>(cells.size()), "the position of a token");
             require(token.position < options_.context_size, "the length of a sequence");
             cells.push_back(token.token);
+            auto& data = data_[static_cast<std::size_t>(token.sequence)];
+            data.resize(cells.size());
+            data.back() = token.token;
             if (token.output || embeddings) {
                 outputs++;
                 rows_[i].assign(static_cast<std::size_t>(vocab_size_), 0.0f);
-                rows_[i][static_cast<std::size_t>(next(cells))] = 5.0f;
+                rows_[i][static_cast<std::size_t>(next(data))] = 5.0f;
                 states_[i] = {static_cast<float>(token.token), static_cast<float>(cells.size())};
             }
         }
@@ -125,6 +135,11 @@ class SimulatedDecoder : public llama_moe::Decoder {
     void copy(int source, int destination) override {
         require(source != destination, "a copy to itself");
         cells_.at(static_cast<std::size_t>(destination)) = cells_.at(static_cast<std::size_t>(source));
+        if (options_.pool > 0) {
+            data_[static_cast<std::size_t>(destination)] = data_[static_cast<std::size_t>(source)];
+        } else {
+            copies_.emplace_back(source, destination);
+        }
         copies++;
     }
     int copies = 0;
@@ -156,6 +171,7 @@ class SimulatedDecoder : public llama_moe::Decoder {
             return false;
         }
         cells = tokens;
+        data_[static_cast<std::size_t>(sequence)] = tokens;
         return true;
     }
 
@@ -182,7 +198,9 @@ class SimulatedDecoder : public llama_moe::Decoder {
     const int first_;
     const int last_;
     const int vocab_size_;
-    std::vector<std::vector<std::int32_t>> cells_;
+    std::vector<std::vector<std::int32_t>> cells_;  // what each sequence is said to hold,
+    std::vector<std::vector<std::int32_t>> data_;   // and what its buffer does
+    std::vector<std::pair<std::size_t, std::size_t>> copies_;
     std::vector<std::vector<float>> rows_;
     std::vector<std::vector<float>> states_;
     std::mt19937 random_;

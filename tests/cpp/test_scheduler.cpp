@@ -384,3 +384,65 @@ TEST_CASE("scheduler: embeddings are pooled over all tokens, beside generation")
         CHECK_EQ(generated(*running), expected(simulation, *running));
     }
 }
+
+TEST_CASE("scheduler: a copy from a sequence that another request is about to get is not made") {
+    test::SimulatedDecoder::Options options;
+    options.sequences = 3;
+    Simulation simulation(options);
+    const Tokens kept = prompt_of(50, 1);
+    simulation.submit(kept, 1);
+    CHECK(simulation.run());
+    simulation.submit(prompt_of(3, 2), 1);
+    simulation.submit(prompt_of(3, 3), 1);
+    CHECK(simulation.run());
+    const Tokens saved = prompt_of(40, 4);
+    const std::string state(reinterpret_cast<const char*>(saved.data()), saved.size() * sizeof(std::int32_t));
+    simulation.scheduler.add_saved_prefix({saved, state});
+    // Both come at once: one shares less than half of what is kept, the other gets its sequence and a saved prefix.
+    Tokens first(kept.begin(), kept.begin() + 20);
+    first.push_back(test::byte_token('0'));
+    Tokens second = saved;
+    second.push_back(test::byte_token('1'));
+    const auto a = simulation.submit(first, 8);
+    const auto b = simulation.submit(second, 8);
+    const auto c = simulation.submit(second, 8);
+    CHECK(simulation.run());
+    for (const auto& request : {a, b, c}) {
+        CHECK_EQ(generated(*request), expected(simulation, *request));
+    }
+}
+
+TEST_CASE("scheduler: a score ends in the smallest batch that an engine may have") {
+    test::SimulatedDecoder::Options options;
+    options.sequences = 2;
+    options.batch_size = 2;
+    options.micro_batch_size = 2;
+    options.score_rows = 0;
+    Simulation simulation(options);
+    const auto request = simulation.submit(prompt_of(9, 1), std::nullopt, RequestKind::score);
+    const auto running = simulation.submit(prompt_of(3, 2), 5);
+    CHECK(simulation.run(200));
+    CHECK_EQ(request->values.size(), 8u);
+    CHECK_EQ(generated(*running), expected(simulation, *running));
+}
+
+TEST_CASE("scheduler: drafts leave room for prompts") {
+    test::SimulatedDecoder::Options options;
+    options.sequences = 3;
+    options.draft = 16;
+    options.batch_size = 64;
+    options.micro_batch_size = 16;
+    options.context_size = 512;
+    Simulation simulation(options);
+    simulation.submit(prompt_of(2, 1), 400);
+    simulation.submit(prompt_of(2, 2), 400);
+    simulation.step();
+    simulation.step();
+    const auto late = simulation.submit(prompt_of(80, 3), 1);
+    const int before = simulation.steps;
+    while (late->generated == 0) {
+        simulation.step();
+    }
+    CHECK(simulation.steps - before <= 12);
+    CHECK(simulation.run());
+}

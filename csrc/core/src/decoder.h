@@ -52,7 +52,7 @@ class Decoder {
     virtual void accepted(int /*sequence*/, int /*count*/) {}
 
     virtual std::string save(int sequence) = 0;
-    // Returns false, with the sequence empty, when the state does not fit this cache.
+    // Returns false, with the sequence empty, when the state does not fit this cache, or there is no room in a shared pool.
     virtual bool restore(int sequence, const std::vector<std::int32_t>& tokens, const std::string& state) = 0;
 
     virtual std::vector<MemoryRow> memory_rows() const { return {}; }

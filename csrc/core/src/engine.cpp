@@ -136,8 +136,9 @@ Delivered Generation::take(bool wait, const Poll& poll) {
     }
     if (!has_news() && request.past_deadline()) {
         lock.unlock();
-        request.fail_by_timeout();
-        engine_->cancel(request);
+        if (request.fail_by_timeout()) {
+            engine_->cancel(request);
+        }
         lock.lock();
     }
     Delivered delivered;
@@ -173,7 +174,8 @@ GenerationResult Generation::result() const {
 }
 
 void Generation::wait(const Poll& poll) {
-    if (!take(true, poll).ended || request_->cancelled) {
+    // The engine's close() ends a request as if it had been cancelled.
+    if (!take(true, poll).ended || request_->cancelled || result().finish_reason == "cancelled") {
         throw CancelledError("the request was cancelled before it had a result");
     }
 }

@@ -7,6 +7,22 @@
 #include "llama_moe/process.h"
 
 namespace llama_moe {
+namespace {
+
+// What was thrown through llama.cpp ends the engine, whoever else is told.
+void rethrow_abort(const std::exception_ptr& error) {
+    if (!error) {
+        return;
+    }
+    try {
+        std::rethrow_exception(error);
+    } catch (const NativeAbort&) {
+        throw;
+    } catch (...) {
+    }
+}
+
+}  // namespace
 
 EngineCore::EngineCore(std::shared_ptr<LoadedModel> model, const EngineOptions& options, std::vector<ggml_backend_dev_t> devices,
                        MakeDecoder make_decoder)
@@ -118,14 +134,15 @@ void EngineCore::run_tasks() {
         }
         try {
             task->work(*decoder_, *scheduler_);
-        } catch (const NativeAbort&) {
-            throw;
         } catch (...) {
             task->error = std::current_exception();
         }
-        std::lock_guard<std::mutex> lock(mutex_);
-        task->done = true;
-        changed_.notify_all();
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            task->done = true;
+            changed_.notify_all();
+        }
+        rethrow_abort(task->error);
     }
 }
 

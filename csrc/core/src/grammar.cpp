@@ -20,7 +20,8 @@ constexpr int kMaxNesting = 200;
 constexpr int kMaxRules = 10'000;
 constexpr float kForbidden = -INFINITY;
 
-// How deep brackets are nested outside of literals, each of which goes from one character of `begin` to its own of `end`.
+// How deep brackets are nested outside of literals, each of which goes from one character of `begin` to its own of `end`. One that
+// goes to the end of the line, a comment, knows no escapes and may end with a carriage return.
 int nesting(const std::string& text, std::string_view open, std::string_view close, std::string_view begin, std::string_view end) {
     int depth = 0;
     int deepest = 0;
@@ -28,8 +29,9 @@ int nesting(const std::string& text, std::string_view open, std::string_view clo
     for (std::size_t i = 0; i < text.size(); i++) {
         const char c = text[i];
         if (literal_end != 0) {
-            i += c == '\\' ? 1 : 0;
-            literal_end = c == literal_end ? '\0' : literal_end;
+            const bool comment = literal_end == '\n';
+            i += c == '\\' && !comment ? 1 : 0;
+            literal_end = c == literal_end || (comment && c == '\r') ? '\0' : literal_end;
         } else if (const auto at = begin.find(c); at != std::string_view::npos) {
             literal_end = end[at];
         } else if (open.find(c) != std::string_view::npos) {

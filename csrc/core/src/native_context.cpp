@@ -125,6 +125,10 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
         }
         throw InvalidOptionError(what);
     }
+    if (llama_get_memory(context_) == nullptr) {
+        llama_free(context_);
+        throw InvalidOptionError("this model keeps no KV cache, as embedding models that read a text as a whole do; only decoder models can be used here");
+    }
     limits_.context_size = static_cast<int>(llama_n_ctx_seq(context_));
     if (use.context_pool > 0 && options.context_size > 0) {
         limits_.context_size = std::min(limits_.context_size, options.context_size);

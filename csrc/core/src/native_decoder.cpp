@@ -7,9 +7,12 @@
 namespace llama_moe {
 namespace {
 
-// Rows of logits that scores may take of a batch, beside those of generation: enough for batches that compute well, and few
-// enough that they do not enlarge the compute buffer.
-constexpr int kScoreRows = 32;
+// Rows that scores and embeddings may take of a batch, beside those of generation: more compute quicker, and enlarge the compute
+// buffer, which has a row of logits for each.
+int score_rows(const LoadedModel& model) {
+    constexpr int kLogits = 8 << 20;
+    return std::clamp(kLogits / llama_vocab_n_tokens(model.vocab), 16, 256);
+}
 
 bool truncates(const LoadedModel& model) {
     return !llama_model_is_recurrent(model.model) && !llama_model_is_hybrid(model.model);
@@ -19,8 +22,9 @@ bool truncates(const LoadedModel& model) {
 
 NativeDecoder::NativeDecoder(std::shared_ptr<LoadedModel> model, std::shared_ptr<LoadedModel> draft_model, const EngineOptions& options,
                              const std::function<bool()>& should_abort)
-    : max_draft_(options.draft_tokens),
-      max_outputs_(std::min(options.batch_size, options.max_sequences * (1 + options.draft_tokens) + kScoreRows)),
+    : should_abort_(should_abort),
+      max_draft_(options.draft_tokens),
+      max_outputs_(std::min(options.batch_size, options.max_sequences * (1 + options.draft_tokens) + score_rows(*model))),
       can_truncate_(truncates(*model)),
       shares_cells_(options.context_pool > 0),
       context_(model, options, {max_outputs_, options.context_pool}, should_abort),
@@ -53,7 +57,7 @@ DecodeStatus NativeDecoder::decode(const std::vector<BatchToken>& batch, bool em
     }
     llama_synchronize(context_.get());
     if (speculation_ && !speculation_->process(batch)) {
-        return DecodeStatus::failed;
+        return should_abort_() ? DecodeStatus::aborted : DecodeStatus::failed;
     }
     return DecodeStatus::done;
 }
@@ -62,11 +66,22 @@ bool NativeDecoder::truncate(int sequence, int length) {
     if (speculation_) {
         speculation_->truncate(sequence, length);
     }
-    if (length > 0 && llama_memory_seq_rm(context_.memory(), sequence, length, -1)) {
+    if (length > 0 && llama_memory_seq_rm(context_.memory(), sequence, length, -1) && holds(sequence, length)) {
         return true;
     }
     llama_memory_seq_rm(context_.memory(), sequence, -1, -1);
+    if (speculation_) {
+        speculation_->truncate(sequence, 0);
+    }
     return length == 0;
+}
+
+// Whether a sequence has all that its next token looks at. With a sliding window, llama.cpp drops what is behind it: from saved
+// states always, and from a shared pool when it needs the room. After a cut the window reaches further back.
+bool NativeDecoder::holds(int sequence, int length) const {
+    const int window = llama_model_n_swa(context_.model().model);
+    const int first = llama_memory_seq_pos_min(context_.memory(), sequence);
+    return llama_memory_seq_pos_max(context_.memory(), sequence) == length - 1 && (window == 0 || first <= std::max(0, length - window));
 }
 
 void NativeDecoder::copy(int source, int destination) {
@@ -98,7 +113,7 @@ std::string NativeDecoder::save(int sequence) {
 bool NativeDecoder::restore(int sequence, const std::vector<std::int32_t>& tokens, const std::string& state) {
     truncate(sequence, 0);
     if (llama_state_seq_set_data(context_.get(), reinterpret_cast<const std::uint8_t*>(state.data()), state.size(), sequence) == 0 ||
-        (speculation_ && !speculation_->compute(sequence, tokens))) {
+        !holds(sequence, static_cast<int>(tokens.size())) || (speculation_ && !speculation_->compute(sequence, tokens))) {
         truncate(sequence, 0);
         return false;
     }

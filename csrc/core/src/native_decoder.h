@@ -37,6 +37,9 @@ class NativeDecoder : public Decoder {
     void abandon() override;
 
    private:
+    bool holds(int sequence, int length) const;
+
+    const std::function<bool()> should_abort_;
     const int max_draft_;
     const int max_outputs_;
     const bool can_truncate_;

@@ -181,8 +181,9 @@ Sampler::Sampler(const SamplingOptions& options, const SamplingVocabulary& vocab
 }
 
 void Sampler::add_penalties(const SamplingOptions& options, const SamplingVocabulary& vocabulary, int context_size) {
-    const int window = options.penalty_window < 0 ? context_size : options.penalty_window;
-    const int dry_window = options.dry_penalty_window < 0 ? context_size : options.dry_penalty_window;
+    // Nothing is ever longer than the context, and llama.cpp allocates what it is told.
+    const int window = options.penalty_window < 0 ? context_size : std::min(options.penalty_window, context_size);
+    const int dry_window = options.dry_penalty_window < 0 ? context_size : std::min(options.dry_penalty_window, context_size);
     const bool penalties = window > 0 && (options.repeat_penalty != 1.0f || options.presence_penalty != 0.0f || options.frequency_penalty != 0.0f);
     const bool dry = options.dry_multiplier > 0.0f && dry_window > 0;
     if (!penalties && !dry) {

@@ -1,6 +1,7 @@
 #include "scheduler.h"
 
 #include <algorithm>
+#include <new>
 
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
@@ -157,7 +158,9 @@ void Scheduler::prepare(std::size_t index) {
     std::size_t length = own;
     std::size_t source = index;
     for (std::size_t i = 0; i < slots_.size(); i++) {
-        const std::size_t other = i == index ? 0 : reusable(slots_[i], request.tokens);
+        // What a request got that is not prepared yet may still go, and a copy is only made with the next batch.
+        const bool stays = i != index && (!slots_[i].request || slots_[i].prepared);
+        const std::size_t other = stays ? reusable(slots_[i], request.tokens) : 0;
         if (other > length && other >= own + worth) {
             length = other;
             source = i;
@@ -174,10 +177,12 @@ void Scheduler::prepare(std::size_t index) {
             slot.cached = prefix.tokens;
             length = saved_length;
         } else {
-            log_line(LogLevel::warning, "a saved prefix could not be restored and is not used any more");
-            saved_prefixes_.erase(saved_prefixes_.begin() + static_cast<std::ptrdiff_t>(saved));
             slot.cached.clear();
             length = 0;
+            if (!decoder_.shares_cells()) {  // there it may only have been for lack of room
+                log_line(LogLevel::warning, "a saved prefix could not be restored and is not used any more");
+                saved_prefixes_.erase(saved_prefixes_.begin() + static_cast<std::ptrdiff_t>(saved));
+            }
         }
     } else if (source != index) {
         decoder_.copy(static_cast<int>(source), static_cast<int>(index));
@@ -283,7 +288,8 @@ void Scheduler::fill_batch() {
         plan_prompts(std::min(limits_.micro_batch_size, decoder_.max_outputs()));
     } else {
         const int generating = plan_generation();
-        plan_prompts(std::min(std::max(1, limits_.micro_batch_size - generating), limits_.batch_size - generating));
+        const int least = std::max(1, limits_.micro_batch_size / 8);  // more sequences than a micro-batch has places
+        plan_prompts(std::min(std::max(least, limits_.micro_batch_size - generating), limits_.batch_size - generating));
     }
     for (std::size_t i = 0; i < slots_.size(); i++) {
         if (slots_[i].count > 0) {
@@ -301,9 +307,12 @@ int Scheduler::plan_generation() {
             tokens++;
         }
     }
+    // Drafts are for idle capacity: half of the micro-batch is for prompts, where there are some.
+    const bool prompts = std::any_of(slots_.begin(), slots_.end(), [](const auto& slot) { return slot.request && slot.prepared && slot.count == 0; });
+    const int most = prompts ? limits_.micro_batch_size / 2 : limits_.batch_size;
     for (auto& slot : slots_) {
         if (slot.count > 0) {
-            slot.draft.resize(std::min(slot.draft.size(), static_cast<std::size_t>(std::max(0, limits_.batch_size - tokens))));
+            slot.draft.resize(std::min(slot.draft.size(), static_cast<std::size_t>(std::max(0, most - tokens))));
             tokens += static_cast<int>(slot.draft.size());
         }
     }
@@ -320,7 +329,10 @@ void Scheduler::plan_prompts(int room) {
     std::sort(prompts.begin(), prompts.end(), [](const Slot* a, const Slot* b) {
         return std::make_pair(a->last_prompt, a->request->order) < std::make_pair(b->last_prompt, b->request->order);
     });
-    int rows = decoder_.max_outputs() - limits_.max_sequences * (1 + decoder_.max_draft());  // what scores may take
+    // What scores may take of the rows of logits: all that those who generate may not need.
+    const auto scores = std::count_if(slots_.begin(), slots_.end(),
+                                      [](const auto& slot) { return slot.request && slot.request->kind == RequestKind::score; });
+    int rows = decoder_.max_outputs() - (limits_.max_sequences - static_cast<int>(scores)) * (1 + decoder_.max_draft());
     for (auto* slot : prompts) {
         int count = static_cast<int>(std::min(wanted(*slot->request) - slot->cached.size(), static_cast<std::size_t>(std::max(0, room))));
         if (slot->request->kind == RequestKind::score) {
@@ -354,6 +366,7 @@ void Scheduler::add_to_batch(std::size_t index) {
 DecodeStatus Scheduler::decode() {
     const auto begin = Clock::now();
     const DecodeStatus status = decoder_.decode(batch_, embedding_batch_);
+    in_batch_.clear();  // a draft model computes between batches too, when these requests may be gone
     stats_.decode_seconds += seconds_since(begin);
     stats_.decode_calls++;
     return status;
@@ -461,8 +474,7 @@ void Scheduler::take_results() {
             rows += job.rows.size();
             jobs.push_back(std::move(job));
         } else if (slot.request->kind == RequestKind::save && slot.cached.size() == slot.request->tokens.size()) {
-            slot.request->state = decoder_.save(static_cast<int>(i));
-            end(i, "stop");
+            save(i);
         }
     }
     const auto work = [&](int item) {
@@ -501,6 +513,15 @@ void Scheduler::take_advance(std::size_t index, const Advance& advance, std::siz
         end(index, advance.end);
     } else if (slot.request->kind == RequestKind::score && slot.cached.size() == wanted(*slot.request)) {
         end(index, "stop");
+    }
+}
+
+void Scheduler::save(std::size_t index) {
+    try {
+        slots_[index].request->state = decoder_.save(static_cast<int>(index));
+        end(index, "stop");
+    } catch (const std::bad_alloc&) {  // a state may be gigabytes
+        end(index, "", std::make_exception_ptr(DoesNotFitError("there is no memory for the saved state")));
     }
 }
 

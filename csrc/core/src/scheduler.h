@@ -90,6 +90,7 @@ class Scheduler {
 
     void take_results();
     void take_advance(std::size_t index, const Advance& advance, std::size_t cached_before);
+    void save(std::size_t index);
     void take_embeddings(std::size_t index);
     void end(std::size_t index, const std::string& reason, std::exception_ptr error = nullptr);
 

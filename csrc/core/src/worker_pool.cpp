@@ -1,12 +1,20 @@
 #include "worker_pool.h"
 
+#include <string>
+#include <system_error>
+
+#include "llama_moe/log.h"
 #include "native_thread.h"
 
 namespace llama_moe {
 
 WorkerPool::WorkerPool(int threads) {
-    for (int i = 1; i < threads; i++) {
-        threads_.emplace_back([this] { work(); });
+    try {
+        for (int i = 1; i < threads; i++) {
+            threads_.emplace_back([this] { work(); });
+        }
+    } catch (const std::system_error& error) {
+        log_line(LogLevel::warning, std::string("fewer threads for sampling than wanted: ") + error.what());
     }
 }
 
