@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +15,11 @@ import pytest
 
 from llama_moe import Context, Device, Engine, Model, SamplingParams, TokenStream, _core
 from llama_moe.errors import LlamaMoeError
+from tests.support.interrupts import press_ctrl_c, stops_at_ctrl_c
 from tests.support.waiting import eventually
 
-# Ctrl-C is answered within 0.2 s when nothing else wants the CPU. This is only to tell that from waiting for the work to end.
-SOON = 5.0
 SHORT = SamplingParams(max_tokens=3, temperature=0)
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
-
-
-def press_ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-@contextmanager
-def ctrl_c(*, after: float) -> Iterator[None]:
-    """Presses Ctrl-C while the body runs, and asserts that this ends it with KeyboardInterrupt, and soon."""
-    pressed: list[float] = []
-
-    def press() -> None:
-        pressed.append(time.perf_counter())
-        press_ctrl_c()
-
-    timer = threading.Timer(after, press)
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 also if the key is pressed just before or after the body
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-    assert time.perf_counter() - pressed[0] < SOON
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +53,11 @@ def test_ctrl_c_stops_a_load(demo_path: Path, accelerator: Device) -> None:
 
 
 def test_ctrl_c_stops_a_load_without_a_callback(demo_path: Path) -> None:
-    with ctrl_c(after=0.2):
+    def work() -> None:
         while True:  # a load may be over before the key is pressed
             Model(demo_path, experts="gpu", devices=[], check_tensors=True).close()
+
+    stops_at_ctrl_c(work, after=0.2)
 
 
 @pytest.mark.parametrize("call", [1, 2, 5])
@@ -134,8 +111,7 @@ def long_prompt(tokens: int = 4000) -> list[int]:
 def test_ctrl_c_stops_the_prompt_of_a_context(demo_model: Model) -> None:
     with Context(demo_model, context_size=8192, threads=1) as context:
         context.decode([500, 501, 502])
-        with ctrl_c(after=0.3):
-            context.decode(np.array(long_prompt()))
+        stops_at_ctrl_c(lambda: context.decode(np.array(long_prompt())))
         # As before the call: what it had computed was taken back.
         assert context.sequence_length(0) == 3
         assert context.decode([503]).shape == (1, demo_model.vocab_size)
@@ -145,8 +121,7 @@ def test_a_context_computes_the_same_after_ctrl_c(demo_model: Model) -> None:
     with Context(demo_model, context_size=8192, threads=1) as context:
         expected = context.decode([500, 501, 502])
         context.clear()
-        with ctrl_c(after=0.3):
-            context.decode(np.array(long_prompt()))
+        stops_at_ctrl_c(lambda: context.decode(np.array(long_prompt())))
         np.testing.assert_array_equal(context.decode([500, 501, 502]), expected)
 
 
@@ -154,8 +129,8 @@ def test_a_context_computes_the_same_after_ctrl_c(demo_model: Model) -> None:
 def test_ctrl_c_stops_generate_and_leaves_the_engine_usable(phase: str, demo_model: Model) -> None:
     with Engine(demo_model, context_size=8192, max_sequences=2, threads=1) as engine:
         expected = engine.generate("Hello", SHORT).tokens
-        with ctrl_c(after=0.3):
-            engine.generate([long_prompt()] * 3 if phase == "prompt" else ["Once upon a time"] * 3, ENDLESS)
+        prompts = [long_prompt()] * 3 if phase == "prompt" else ["Once upon a time"] * 3
+        stops_at_ctrl_c(lambda: engine.generate(prompts, ENDLESS))
         assert engine.generate("Hello", SHORT).tokens == expected
         stats = engine.stats()
         assert stats["requests_running"] == stats["requests_waiting"] == 0
@@ -164,9 +139,14 @@ def test_ctrl_c_stops_generate_and_leaves_the_engine_usable(phase: str, demo_mod
 def test_ctrl_c_stops_the_wait_for_a_token(demo_model: Model) -> None:
     with Engine(demo_model, context_size=8192, threads=1) as engine:
         expected = engine.generate("Hello", SHORT).tokens
-        stream = engine.stream(long_prompt(), ENDLESS)
-        with ctrl_c(after=0.3):
-            next(stream)
+        streams: list[TokenStream] = []
+
+        def work() -> None:
+            streams.append(engine.stream(long_prompt(), ENDLESS))
+            next(streams[-1])
+
+        stops_at_ctrl_c(work)
+        stream = streams[-1]
         assert list(stream) == []
         assert stream.completion.finish_reason == "cancelled"
         assert engine.generate("Hello", SHORT).tokens == expected
@@ -184,12 +164,35 @@ def test_ctrl_c_between_two_tokens_leaves_the_stream_to_its_owner(model: Model) 
         assert stream.completion.finish_reason == "length"
 
 
+@pytest.mark.parametrize("kind", ["score", "embed", "chat", "stream_chat", "agenerate", "astream", "achat"])
+def test_ctrl_c_stops_every_other_call(kind: str, demo_model: Model) -> None:
+    messages = [{"role": "user", "content": "Tell me a story. " * 300}]
+    with Engine(demo_model, context_size=8192, threads=1) as engine:
+
+        async def read() -> None:
+            async for _ in engine.astream(long_prompt(), ENDLESS):
+                pass
+
+        work: dict[str, Callable[[], object]] = {
+            "score": lambda: engine.score(long_prompt()),
+            "embed": lambda: engine.embed([long_prompt()] * 2),
+            "chat": lambda: engine.chat(messages, ENDLESS),
+            "stream_chat": lambda: list(engine.stream_chat(messages, ENDLESS)),
+            "agenerate": lambda: asyncio.run(engine.agenerate([long_prompt()] * 2, ENDLESS)),
+            "astream": lambda: asyncio.run(read()),
+            "achat": lambda: asyncio.run(engine.achat(messages, ENDLESS)),
+        }
+        stops_at_ctrl_c(work[kind])
+        assert len(engine.generate("Hello", SHORT).tokens) == 3
+        stats = engine.stats()
+        assert stats["requests_running"] == stats["requests_waiting"] == 0
+
+
 def test_ctrl_c_stops_a_wait_behind_other_requests(demo_model: Model) -> None:
     with Engine(demo_model, context_size=8192, max_sequences=1, threads=1) as engine:
         first = engine.stream("Once upon a time", ENDLESS)
         next(first)
-        with ctrl_c(after=0.2):
-            engine.generate("Hello", SHORT)
+        stops_at_ctrl_c(lambda: engine.generate("Hello", SHORT), after=0.2)
         # Only the call that was waiting was stopped.
         assert next(first).id >= 0
         assert engine.stats()["requests_waiting"] == 0
@@ -201,9 +204,8 @@ def test_ctrl_c_stops_the_work_of_a_worker(demo_path: Path, accelerator: Device)
         # What a worker has begun it ends: the engine is free again after one batch.
         Engine(model, context_size=2048, batch_size=16, threads=1) as engine,
     ):
-        with ctrl_c(after=0.3):
-            engine.generate(long_prompt(1500), ENDLESS)
-        assert engine.stats()["decode_calls"] < 1500 / 16
+        stops_at_ctrl_c(lambda: engine.generate(long_prompt(1500), ENDLESS))
+        assert engine.stats()["prompt_tokens"] < 1500
         assert len(engine.generate("Hello", SHORT).tokens) == 3
 
 
