@@ -80,8 +80,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def is_free(engine: Engine) -> None:
-    """Waits until no request is left in the engine, and shows that the next one runs."""
+    """Waits until no request is left in the engine, which no request may have left by filling the context; the next one runs."""
     await until(lambda: engine.stats()["requests_running"] == engine.stats()["requests_waiting"] == 0)
+    stats = engine.stats()
+    assert stats["prompt_tokens"] + stats["generated_tokens"] < 0.9 * engine.context_size
     assert len((await engine.agenerate("b", SHORT)).tokens) == 4
 
 
