@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,8 @@ class Witness:
         self.duration = 0.0
 
 
-@contextmanager
-def another_thread_counting() -> Iterator[Witness]:
-    """Counts in a Python thread meanwhile, and notes the longest time in which it could not."""
+def watch(work: Callable[[], object]) -> Witness:
+    """Counts in a Python thread while `work` runs, and notes the longest time in which it could not."""
     witness, started, ended = Witness(), threading.Event(), threading.Event()
 
     def count() -> None:
@@ -41,48 +39,47 @@ def another_thread_counting() -> Iterator[Witness]:
     try:
         assert started.wait(60)
         begin = time.perf_counter()
-        yield witness
+        work()
         witness.duration = time.perf_counter() - begin
     finally:
         ended.set()
         thread.join()
+    return witness
 
 
-def assert_progress(witness: Witness) -> None:
-    # A call that holds the GIL is one gap as long as itself; a busy machine makes some, each a small part of a call of this length.
-    assert witness.longest_gap < 0.5 * witness.duration, vars(witness)
-    assert witness.steps > 1000
+def assert_others_run(work: Callable[[], object]) -> None:
+    """A call that holds the GIL is one gap as long as itself each time; a busy machine makes long ones too, but not each of several."""
+    tries: list[Witness] = []
+    while len(tries) < 5:
+        tries.append(watch(work))
+        if tries[-1].longest_gap < 0.5 * tries[-1].duration and tries[-1].steps > 1000:
+            return
+    raise AssertionError([vars(witness) for witness in tries])
 
 
 def test_loading_lets_other_threads_run(demo_path: Path) -> None:
-    with another_thread_counting() as witness:
-        Model(demo_path, experts="gpu", devices=[], check_tensors=True, host_memory="pageable").close()
-    assert_progress(witness)
+    assert_others_run(lambda: Model(demo_path, experts="gpu", devices=[], check_tensors=True, host_memory="pageable").close())
 
 
 def test_loading_onto_a_worker_lets_other_threads_run(demo_path: Path, accelerator: Device) -> None:
-    with another_thread_counting() as witness:
-        Model(demo_path, experts="gpu", devices=accelerator).close()
-    assert_progress(witness)
+    assert_others_run(lambda: Model(demo_path, experts="gpu", devices=accelerator).close())
 
 
 def test_computing_a_prompt_lets_other_threads_run(demo_model: Model) -> None:
-    with Context(demo_model, context_size=512, threads=1) as context, another_thread_counting() as witness:
-        context.decode(np.full(96, 500))
-    assert_progress(witness)
+    with Context(demo_model, context_size=512, threads=1) as context:
+        assert_others_run(lambda: context.decode(np.full(96, 500)))
 
 
 def test_generating_lets_other_threads_run(demo_model: Model) -> None:
-    with Engine(demo_model, context_size=512, threads=1) as engine, another_thread_counting() as witness:
-        engine.generate(list(range(500, 564)), SamplingParams(max_tokens=16, temperature=0, ignore_eos=True))
-    assert_progress(witness)
+    with Engine(demo_model, context_size=512, threads=1) as engine:
+        params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+        assert_others_run(lambda: engine.generate(list(range(500, 564)), params))
 
 
 def test_streaming_lets_other_threads_run(demo_model: Model) -> None:
-    with Engine(demo_model, context_size=512, threads=1) as engine, another_thread_counting() as witness:
-        for _ in engine.stream("Once upon a time", SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)):
-            pass
-    assert_progress(witness)
+    with Engine(demo_model, context_size=512, threads=1) as engine:
+        params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+        assert_others_run(lambda: list(engine.stream("Once upon a time", params)))
 
 
 def test_closing_what_another_thread_uses_takes_no_lock_with_the_gil(tiny_model: Callable[[str], Path]) -> None:
