@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 
 import llama_moe
-from llama_moe import Context, Engine, Model, SamplingParams, Speculative, _core
+from llama_moe import Context, Engine, Model, Speculative, _core
 from llama_moe.speculative import speculation_options
 
 
@@ -27,15 +26,6 @@ def same(ours: object, native: object) -> bool:
     return ours == native
 
 
-def test_sampling() -> None:
-    native = native_defaults(_core.SamplingOptions())
-    ours = SamplingParams()
-    assert {field.name for field in dataclasses.fields(ours)} == set(native)
-    for name, value in native.items():
-        mirrored = getattr(ours, name)
-        assert same(dict(mirrored) if name == "logit_bias" else mirrored, value), name
-
-
 def test_context_and_engine() -> None:
     speculation = {"draft_tokens", "draft_ngram", "draft_min_probability"}
     for cls, options, beside in ((Context, _core.ContextOptions(), set()), (Engine, _core.EngineOptions(), speculation)):
@@ -47,11 +37,16 @@ def test_context_and_engine() -> None:
             assert name == "speculative" or same(0 if value is None else value, native[name]), name
 
 
-def test_speculation() -> None:
+def test_speculation(model: Model) -> None:
     native = native_defaults(_core.EngineOptions())
-    for name, value in speculation_options(None).items():
-        assert same(value, native[name]), name
-    assert set(speculation_options(Speculative.lookup())) <= set(native)
+    keys = {name for name in native if name.startswith("draft_")}
+    assert keys == {"draft_tokens", "draft_ngram", "draft_min_probability"}
+    # Off: what the core does by itself.
+    assert speculation_options(None) == {}
+    assert (native["draft_tokens"], native["draft_ngram"]) == (0, 0)
+    assert speculation_options(Speculative.lookup()) == {"draft_tokens": 8, "draft_ngram": 3, "draft_min_probability": 0.0}
+    assert speculation_options(Speculative.draft(model)) == {"draft_tokens": 4, "draft_ngram": 0, "draft_min_probability": 0.5}
+    assert keyword_defaults(Speculative.draft) == {"draft_tokens": 4, "min_probability": 0.5}
 
 
 def test_model() -> None:
