@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from llama_moe import Engine, Model, SamplingParams
 from llama_moe.errors import InvalidOptionError
+from tests.support.processes import run_python
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 SHARED = list(range(20, 220))
@@ -69,18 +68,21 @@ def test_a_saved_prefix_is_used_by_another_process(model: Model, tmp_path: Path)
     with Engine(model, context_size=512, threads=1) as engine:
         assert engine.save_prefix(SHARED, path) == len(SHARED)
         expected = engine.generate(SHARED + TAILS[0], GREEDY).tokens
-    script = (
-        "import json, sys, llama_moe\n"
-        "path, prefix, prompt = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])\n"
-        "params = llama_moe.SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)\n"
-        "with llama_moe.load(path, experts='gpu', devices=[], repack=False, context_size=512, threads=1) as engine:\n"
-        "    length = engine.load_prefix(prefix)\n"
-        "    completion = engine.generate(prompt, params)\n"
-        "    print(json.dumps([length, completion.cached_tokens, completion.tokens]))\n"
+    ran = run_python(
+        """
+        import json, sys, llama_moe
+        path, prefix, prompt = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+        params = llama_moe.SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+        with llama_moe.load(path, experts="gpu", devices=[], repack=False, context_size=512, threads=1) as engine:
+            length = engine.load_prefix(prefix)
+            completion = engine.generate(prompt, params)
+            print(json.dumps([length, completion.cached_tokens, completion.tokens]))
+        """,
+        model.path,
+        path,
+        json.dumps(SHARED + TAILS[0]),
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", script, model.path, str(path), json.dumps(SHARED + TAILS[0])], check=True, capture_output=True, text=True
-    )
+    assert (ran.returncode, ran.stderr) == (0, "")
     assert json.loads(ran.stdout) == [len(SHARED), len(SHARED), list(expected)]
 
 
