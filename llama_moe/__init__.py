@@ -12,19 +12,32 @@ from typing import TYPE_CHECKING
 
 from . import _logging, errors
 from .build import build_info
-from .chat import ChatCompletion, ChatDelta, ChatMessage, ChatParser, ChatPrompt, ChatStream, ChatTemplate, ToolCall, ToolCallDelta
+from .chat import (
+    ChatCompletion,
+    ChatDelta,
+    ChatMessage,
+    ChatParser,
+    ChatPrompt,
+    ChatStream,
+    ChatTemplate,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
+)
 from .context import Context
 from .devices import Device, add_rpc_device, devices
-from .engine import Engine, load
+from .engine import Engine
 from .inspection import ModelInfo, TensorInfo, inspect
+from .loading import load
 from .memory import MemoryReport
 from .model import Model
 from .placement import ExpertPlacement, Placement, TensorPlacement
-from .results import Completion, Timings, Token
+from .results import Completion, FinishReason, Timings, Token
 from .sampling import SamplingParams
-from .scoring import Score
+from .scoring import Pooling, Score
 from .speculative import Speculative
 from .stream import TokenStream
+from .tokens import Prompt
 
 if TYPE_CHECKING:
     from .aio import AsyncChatStream, AsyncTokenStream
@@ -46,10 +59,13 @@ __all__ = [
     "Device",
     "Engine",
     "ExpertPlacement",
+    "FinishReason",
     "MemoryReport",
     "Model",
     "ModelInfo",
     "Placement",
+    "Pooling",
+    "Prompt",
     "SamplingParams",
     "Score",
     "Speculative",
@@ -60,6 +76,7 @@ __all__ = [
     "TokenStream",
     "ToolCall",
     "ToolCallDelta",
+    "ToolChoice",
     "__version__",
     "add_rpc_device",
     "build_info",

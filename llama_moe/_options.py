@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from . import _core
 from .errors import InvalidOptionError
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ OptionsT = TypeVar("OptionsT")
 
 # Largest values of the native fields that are not 32-bit signed integers.
 _UNSIGNED = {"seed": (1 << 32) - 1, "fit_context_tokens": (1 << 64) - 1}
+_OWN_CHOICE = ("threads", "threads_batch", "context_pool")
 
 
 def fill(options: OptionsT, values: Mapping[str, object]) -> OptionsT:
@@ -40,5 +42,17 @@ def fill(options: OptionsT, values: Mapping[str, object]) -> OptionsT:
 
 
 def fill_context(options: OptionsT, **values: object) -> OptionsT:
-    """Fills the native options of a context or an engine; None stands for 0 there, the core's word for its own choice."""
-    return fill(options, {name: 0 if value is None else value for name, value in values.items()})
+    """Fills the native options of a context or an engine; where None means the core's own choice, that is 0 there."""
+    return fill(options, {name: 0 if value is None and name in _OWN_CHOICE else value for name, value in values.items()})
+
+
+def native_model(name: str, model: object) -> _core.Model:
+    """What the native side knows of a `Model` that is an argument.
+
+    Raises:
+        TypeError: it is none; the message names the argument.
+    """
+    native = getattr(model, "_native", None)
+    if not isinstance(native, _core.Model):
+        raise TypeError(f"{name} must be a llama_moe.Model, not {model!r}")
+    return native

@@ -19,7 +19,7 @@ from . import _core
 from .chat import ChatDelta, ChatReader
 from .errors import LlamaMoeError, QueueFullError
 from .results import Completion, Token
-from .stream import GenerationReader
+from .stream import Deadline, GenerationReader, failure_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,20 +37,23 @@ if TYPE_CHECKING:
 _HEARTBEAT_SECONDS = 0.5
 # An event loop's clock may be coarse: a timer that goes off too early is set again, but not in a busy loop.
 _LEAST_TIMER_SECONDS = 0.001
+# Between two looks for room in a queue that the requests of others fill.
+_ROOM_SECONDS = 0.01
 
 
 class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
     """Iterates over the tokens of one generation as they come; made by `Engine.astream()`.
 
-    The generation runs whether or not anybody reads. It is cancelled by `aclose()`, by leaving an `async with` block, when the task that
+    The generation runs whether or not anybody reads. When its engine is closed, the stream ends with what came until then, and the
+    `finish_reason` "cancelled". It is cancelled by `aclose()`, by leaving an `async with` block, when the task that
     waits for a token is cancelled, and when nobody refers to the stream any more, so `async for token in engine.astream(...)` may simply be
     left. One task at a time may read a stream, in the event loop in which it was made; `cancel()` may be called from any thread.
     """
 
     __slots__ = ("_deadline", "_hub", "_tag")
 
-    def __init__(self, generation: _core.Generation, engine: Engine, hub: _Hub, tag: int, timeout: float | None) -> None:
-        super().__init__(generation, engine)
+    def __init__(self, generation: _core.Generation, engine: Engine, hub: _Hub, tag: int, timeout: float | None, *, logprobs: bool) -> None:
+        super().__init__(generation, engine, logprobs=logprobs)
         self._hub = hub
         self._tag = tag
         self._deadline = None if timeout is None else time.monotonic() + timeout
@@ -62,8 +65,7 @@ class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
         """The next token; waits for it.
 
         Raises:
-            DecodeError: the generation failed.
-            RequestTimeoutError: the generation's timeout passed.
+            The same as `TokenStream` does.
             RuntimeError: another task waits already, or the stream belongs to another event loop.
         """
         ready = self._ready
@@ -141,8 +143,8 @@ class AsyncChatStream(ChatReader, AsyncIterator[ChatDelta]):
                 self._push(await anext(self._tokens))
             except StopAsyncIteration:
                 self._finish(self._tokens.completion)
-            except LlamaMoeError:
-                self._failed = True
+            except LlamaMoeError as error:
+                self._failure = failure_text(error)
                 raise
         return self._ready.popleft()
 
@@ -178,19 +180,20 @@ def _start_one(engine: Engine, prompt: str | list[int], sampling: _core.Sampling
     except BaseException:
         hub.release(tag)
         raise
-    return AsyncTokenStream(generation, engine, hub, tag, timeout)
+    return AsyncTokenStream(generation, engine, hub, tag, timeout, logprobs=sampling.logprobs is not None)
 
 
-def start(engine: Engine, requests: Sequence[Request], timeout: float | None) -> list[AsyncTokenStream]:
+def start(engine: Engine, requests: Sequence[Request], timeout: object) -> list[AsyncTokenStream]:
     """Submits requests whose streams belong to the running event loop.
 
     Raises:
         RuntimeError: no event loop runs in this thread.
     """
+    deadline = Deadline(timeout)
     streams: list[AsyncTokenStream] = []
     try:
         for prompt, sampling in requests:
-            streams.append(_start_one(engine, prompt, sampling, timeout))
+            streams.append(_start_one(engine, prompt, sampling, deadline.left()))
     except BaseException:
         for stream in streams:
             stream._close()
@@ -198,20 +201,24 @@ def start(engine: Engine, requests: Sequence[Request], timeout: float | None) ->
     return streams
 
 
-async def generate(engine: Engine, requests: Sequence[Request], timeout: float | None) -> list[Completion]:
-    """The completions of requests; when the queue is full, later ones wait for earlier ones to end."""
+async def generate(engine: Engine, requests: Sequence[Request], timeout: object) -> list[Completion]:
+    """The completions of requests; when the queue is full, all but the first wait for room in it."""
+    deadline = Deadline(timeout)
     streams: list[AsyncTokenStream] = []
     completions: list[Completion] = []
     try:
         for prompt, sampling in requests:
             while True:
                 try:
-                    streams.append(_start_one(engine, prompt, sampling, timeout))
+                    streams.append(_start_one(engine, prompt, sampling, deadline.left()))
                     break
                 except QueueFullError:
-                    if len(completions) == len(streams):
+                    if not streams:
                         raise
+                if len(completions) < len(streams):
                     completions.append(await streams[len(completions)].read_all())
+                else:  # the requests of others fill the queue, and nothing tells when one of them ends
+                    await asyncio.sleep(_ROOM_SECONDS)
         completions.extend([await stream.read_all() for stream in streams[len(completions) :]])
     except BaseException:
         for stream in streams:

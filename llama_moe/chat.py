@@ -1,7 +1,8 @@
 """Conversations: messages in, an answer with tool calls and reasoning out.
 
-`ChatTemplate` and `ChatParser` wait for no token, so whoever has tokens of their own can use them: apply a template, generate from
-`ChatPrompt.text` with `ChatPrompt.options()`, and push each token's text into the parser.
+`ChatTemplate` and `ChatParser` wait for no token, so they serve those who generate otherwise, too: apply a template, generate from
+`ChatPrompt.text`, and push each token's text into `ChatPrompt.parser()`. What the template says of the tokens themselves, such as the
+grammar of tool calls, only `Engine.chat` and its like enforce.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast
 
-from . import _core
+from . import _core, _logging
+from ._options import fill, native_model
 from .errors import InvalidOptionError, LlamaMoeError
 from .sampling import SamplingParams, schema_text, to_json
+from .stream import failure_text
 
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Literal, TypeAlias
 
     from typing_extensions import Self
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from .stream import TokenStream
 
     ChatFinishReason: TypeAlias = Literal["stop", "length", "cancelled", "tool_calls"]
-    ToolChoice: TypeAlias = Literal["auto", "none", "required"] | Mapping[str, object]
+
+ToolChoice: TypeAlias = Literal["auto", "none", "required"] | Mapping[str, object]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -102,7 +105,7 @@ class ChatCompletion:
         tool_calls: the functions it asks to call.
         reasoning: what it thought first, if its template has a place for that.
         finish_reason: "tool_calls": it waits for results of its tool calls; "stop": it ended or a stop string appeared; "length":
-            `max_tokens` or the context's end was reached; "cancelled": its stream was closed first.
+            `max_tokens` or the context's end was reached; "cancelled": its stream or its engine was closed first.
         tokens: ids of all generated tokens.
         prompt_tokens: length of the prompt.
         cached_tokens: how many of those were not computed again.
@@ -179,7 +182,7 @@ class ChatPrompt:
         """The prompt. Control tokens are in it by name; a beginning-of-text token that the model's vocabulary adds is not."""
         return self._native.text
 
-    def options(self) -> _core.SamplingOptions:
+    def _options(self) -> _core.SamplingOptions:
         """The native sampling options: the caller's, with the template's grammar, stop strings and preserved tokens."""
         return self._native.constrain(self._params._to_native())
 
@@ -203,7 +206,8 @@ class ChatTemplate:
     def __init__(self, model: Model, text: str | None = None) -> None:
         if text is not None and not isinstance(text, str):
             raise TypeError(f"template must be the text of a Jinja template, or None for the model's own, not {text!r}")
-        self._native = _core.ChatTemplate(model._native, text)
+        _logging.sync_level()
+        self._native = _core.ChatTemplate(native_model("model", model), text)
 
     def capabilities(self) -> dict[str, bool]:
         """What the template has a place for, such as "supports_tools"."""
@@ -225,42 +229,38 @@ class ChatTemplate:
     ) -> ChatPrompt:
         """The prompt of a conversation. The arguments and errors are those of `Engine.chat`."""
         params = SamplingParams() if params is None else params
-        request = _core.ChatRequest()
-        request.messages = to_json("messages", _checked_messages(messages))
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params must be a SamplingParams, not {params!r}")
+        request: dict[str, object] = {
+            "messages": to_json("messages", _checked_messages(messages)),
+            "parallel_tool_calls": parallel_tool_calls,
+            "enable_thinking": enable_thinking,
+            "template_options": _template_options(template_options),
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
         offered = _offered_tools(tools, tool_choice)
         if offered:
-            request.tools = to_json("tools", offered)
-            request.tool_choice = "required" if isinstance(tool_choice, Mapping) else tool_choice
-        request.parallel_tool_calls = parallel_tool_calls
-        request.enable_thinking = enable_thinking
-        request.add_generation_prompt = add_generation_prompt
-        request.continue_final_message = continue_final_message
-        if template_options is not None:
-            request.template_options = {name: to_json(f"template_options[{name!r}]", value) for name, value in template_options.items()}
+            request["tools"] = to_json("tools", offered)
+            request["tool_choice"] = "required" if isinstance(tool_choice, Mapping) else tool_choice
         if continue_final_message and messages[-1].get("role") != "assistant":
             raise InvalidOptionError(f"continue_final_message needs a last message of the assistant, not of {messages[-1].get('role')!r}")
-        schema = response_schema(response_format)
-        constrained = params.json_schema is not None or params.grammar is not None
-        if schema is not None and constrained:
-            raise InvalidOptionError("response_format and the grammar or json_schema of params are both given; give one of them")
         if params.grammar is not None and offered and tool_choice != "none":
             raise InvalidOptionError("params.grammar cannot be combined with tools, whose calls have a grammar of their own")
-        if schema is not None:
-            SamplingParams(json_schema=schema)  # says what is wrong with it
-        request.json_schema = schema or cast("str | None", params.json_schema) or ""
-        return ChatPrompt(self._native.apply(request), params)
+        request["json_schema"] = _answer_schema(response_format, params) or ""
+        return ChatPrompt(self._native.apply(fill(_core.ChatRequest(), request)), params)
 
 
 class ChatReader:
     """What chat streams of both kinds are made of: deltas that were not read yet, and how it ended."""
 
-    __slots__ = ("__weakref__", "_completion", "_failed", "_parser", "_ready")
+    __slots__ = ("__weakref__", "_completion", "_failure", "_parser", "_ready")
 
     def __init__(self, parser: ChatParser) -> None:
         self._parser = parser
         self._ready: deque[ChatDelta] = deque()
         self._completion: ChatCompletion | None = None
-        self._failed = False
+        self._failure: str | None = None
 
     @property
     def completion(self) -> ChatCompletion:
@@ -269,14 +269,15 @@ class ChatReader:
         Raises:
             LlamaMoeError: it has not ended yet, or it failed.
         """
-        if self._completion is None:
-            why = "the generation failed" if self._failed else "read the stream to its end, or close it, first"
-            raise LlamaMoeError(f"there is no completion: {why}")
-        return self._completion
+        if self._completion is not None:
+            return self._completion
+        if self._failure is not None:
+            raise LlamaMoeError(f"there is no completion, the generation failed: {self._failure}")
+        raise LlamaMoeError("there is no completion yet: read the stream to its end, or close it, first")
 
     @property
     def _ended(self) -> bool:
-        return self._completion is not None or self._failed
+        return self._completion is not None or self._failure is not None
 
     def _push(self, token: Token) -> None:
         self._ready.extend(self._parser.push(token.text))
@@ -286,7 +287,7 @@ class ChatReader:
         self._completion = self._parser.complete(completion)
 
     def __repr__(self) -> str:
-        state = "failed" if self._failed else "running" if self._completion is None else self._completion.finish_reason
+        state = "running" if not self._ended else self._completion.finish_reason if self._completion else "failed"
         return f"<{type(self).__name__} {state}>"
 
 
@@ -310,8 +311,7 @@ class ChatStream(ChatReader, Iterator[ChatDelta]):
         """What the answer gained next; waits for it.
 
         Raises:
-            DecodeError: the generation failed.
-            RequestTimeoutError: its timeout passed.
+            The same as `TokenStream` does.
         """
         while not self._ready:
             if self._ended:
@@ -320,8 +320,8 @@ class ChatStream(ChatReader, Iterator[ChatDelta]):
                 self._push(next(self._tokens))
             except StopIteration:
                 self._finish(self._tokens.completion)
-            except LlamaMoeError:
-                self._failed = True
+            except LlamaMoeError as error:
+                self._failure = failure_text(error)
                 raise
         return self._ready.popleft()
 
@@ -363,16 +363,35 @@ def response_schema(response_format: Mapping[str, object] | None) -> str | None:
         case "text":
             return None
         case "json_object":
-            return schema_text("response_format", response_format.get("schema", {"type": "object"}))
+            schema = response_format.get("schema", {"type": "object"})
         case "json_schema":
             wrapper = response_format.get("json_schema")
-            if not isinstance(wrapper, Mapping) or "schema" not in wrapper:
-                raise InvalidOptionError(
-                    f"response_format has no schema: {dict(response_format)!r}; expected {{'json_schema': {{'schema': ...}}}}"
-                )
-            return schema_text("response_format", wrapper["schema"])
+            schema = wrapper.get("schema") if isinstance(wrapper, Mapping) else None
         case other:
             raise InvalidOptionError(f"response_format has the type {other!r}; expected 'text', 'json_object' or 'json_schema'")
+    if schema is None:
+        raise InvalidOptionError(
+            f"response_format has no schema: {dict(response_format)!r}; a json_schema has it as {{'json_schema': {{'schema': ...}}}}"
+        )
+    return schema_text("response_format", schema)
+
+
+def _answer_schema(response_format: Mapping[str, object] | None, params: SamplingParams) -> str | None:
+    schema = response_schema(response_format)
+    if schema is None:
+        return cast("str | None", params.json_schema)  # which SamplingParams made text
+    if params.json_schema is not None or params.grammar is not None:
+        raise InvalidOptionError("response_format and the grammar or json_schema of params are both given; give one of them")
+    SamplingParams(json_schema=schema)  # says what is wrong with it
+    return schema
+
+
+def _template_options(options: Mapping[str, object] | None) -> dict[str, str]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"template_options must be a mapping, not {options!r}")
+    return {name: to_json(f"template_options[{name!r}]", value) for name, value in options.items()}
 
 
 def _checked_messages(messages: Sequence[Mapping[str, object]]) -> Sequence[Mapping[str, object]]:
@@ -410,6 +429,8 @@ def _check_content(index: int, message: Mapping[str, object]) -> None:
 
 
 def _offered_tools(tools: Sequence[Mapping[str, object]] | None, tool_choice: ToolChoice) -> list[Mapping[str, object]]:
+    if tools is not None and (isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence)):
+        raise TypeError(f"tools must be a sequence of mappings, not {tools!r}")
     names = [_tool_name(index, tool) for index, tool in enumerate(tools or ())]
     offered = list(tools or ())
     if isinstance(tool_choice, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import _core, _logging
-from ._options import fill_context
+from ._options import fill_context, native_model
 from .memory import MemoryReport
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Context:
         _logging.sync_level()
         self._model = model
         self._native = _core.Context(
-            model._native,
+            native_model("model", model),
             fill_context(
                 _core.ContextOptions(),
                 context_size=context_size,
@@ -141,7 +141,7 @@ class Context:
         """Replaces a sequence, or the whole context for -1, by what `save_state()` returned.
 
         Raises:
-            LlamaMoeError: the data is of another kind of model or context, or damaged.
+            InvalidOptionError: the data is of another model, `max_sequences` or `kv_type`, does not fit, or is damaged.
         """
         self._native.load_state(data, sequence_id)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from . import _core
     from .aio import AsyncChatStream
-    from .chat import ChatCompletion, ToolChoice
+    from .chat import ChatCompletion, ChatPrompt, ToolChoice
     from .engine import Engine
     from .model import Model
     from .sampling import SamplingParams
@@ -51,8 +51,8 @@ class ChatMethods:
             tool_choice: "auto": as the model likes; "none": not; "required": at least one, behind text if it likes;
                 {"function": {"name": ...}}: that one.
             parallel_tool_calls: whether it may ask for several at once, in formats where that can be told apart.
-            response_format: {"type": "text"}; {"type": "json_object"}; or {"type": "json_schema", "json_schema": {"schema": ...}}: the
-                answer is JSON of that schema.
+            response_format: {"type": "text"}; {"type": "json_object"}: the answer is a JSON object, or JSON of a "schema" beside the type;
+                {"type": "json_schema", "json_schema": {"schema": ...}}: it is JSON of that schema.
             enable_thinking: for templates that ask: whether the model thinks first.
             template: the text of a Jinja template to use in place of the model's own.
             template_options: further variables for the template.
@@ -61,16 +61,16 @@ class ChatMethods:
             timeout: seconds from now in which the answer must end, the wait for its turn included; None: no limit.
 
         Returns:
-            The answer.
+            The answer; one with the `finish_reason` "cancelled", and what it had by then, when the engine is closed meanwhile.
 
         Raises:
             InvalidOptionError: the model has no template, a message or tool is not of the right shape, the template refuses the messages or
-                has no place for tools, or an option is outside its range.
+                has no place for tools, a grammar or schema cannot be used, or an option is outside its range.
             ContextFullError: the conversation is longer than the context.
             QueueFullError: too many requests wait already.
             RequestTimeoutError: `timeout` passed.
             DecodeError: the computation failed.
-            ClosedError: the engine was closed.
+            ClosedError: the engine was closed before.
         """
         return self.stream_chat(
             messages,
@@ -108,20 +108,13 @@ class ChatMethods:
         Returns:
             An iterator over what the answer gains.
         """
-        _logging.sync_level()
-        prompt = self._model.chat_format(template).apply(
-            messages,
-            params,
-            tools=tools,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-            response_format=response_format,
-            enable_thinking=enable_thinking,
-            template_options=template_options,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-        )
-        return ChatStream(TokenStream(self._native.submit(prompt.text, prompt.options(), seconds(timeout)), self), prompt.parser())
+        prompt = self._prompt(
+            messages, params, tools, tool_choice, parallel_tool_calls, response_format, enable_thinking, template, template_options,
+            add_generation_prompt, continue_final_message,
+        )  # fmt: skip
+        sampling = prompt._options()
+        generation = self._native.submit(prompt.text, sampling, seconds(timeout))
+        return ChatStream(TokenStream(generation, self, logprobs=sampling.logprobs is not None), prompt.parser())
 
     async def achat(
         self,
@@ -177,8 +170,30 @@ class ChatMethods:
         """
         from . import aio  # late: importing asyncio takes longer than importing this package
 
+        prompt = self._prompt(
+            messages, params, tools, tool_choice, parallel_tool_calls, response_format, enable_thinking, template, template_options,
+            add_generation_prompt, continue_final_message,
+        )  # fmt: skip
+        (tokens,) = aio.start(cast("Engine", self), [(prompt.text, prompt._options())], timeout)
+        return aio.AsyncChatStream(tokens, prompt.parser())
+
+    def _prompt(  # noqa: PLR0917 - as they are in `chat`
+        self,
+        messages: Sequence[Mapping[str, object]],
+        params: SamplingParams | None,
+        tools: Sequence[Mapping[str, object]] | None,
+        tool_choice: ToolChoice,
+        parallel_tool_calls: bool,
+        response_format: Mapping[str, object] | None,
+        enable_thinking: bool,
+        template: str | None,
+        template_options: Mapping[str, object] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> ChatPrompt:
+        """The conversation as a prompt; the arguments are those of `chat`, in that order."""
         _logging.sync_level()
-        prompt = self._model.chat_format(template).apply(
+        return self._model.chat_format(template).apply(
             messages,
             params,
             tools=tools,
@@ -190,5 +205,3 @@ class ChatMethods:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        (tokens,) = aio.start(cast("Engine", self), [(prompt.text, prompt.options())], seconds(timeout))
-        return aio.AsyncChatStream(tokens, prompt.parser())

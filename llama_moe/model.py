@@ -177,6 +177,7 @@ class Model:
         Raises:
             InvalidOptionError: the model has no template, or the text is not a template.
         """
+        _logging.sync_level()
         chat = self._chat_formats.get(template)
         if chat is None:
             chat = ChatTemplate(self, template)

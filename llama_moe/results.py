@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
 
 if TYPE_CHECKING:
-    from typing import Literal, TypeAlias
-
     from . import _core
 
-    FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 
 class Token(NamedTuple):
@@ -62,7 +60,7 @@ class Completion:
         text: the generated text, without the prompt and without a stop string.
         tokens: ids of the generated tokens.
         finish_reason: "stop": the model ended or a stop string appeared; "length": `max_tokens` or the context's end was reached;
-            "cancelled": its stream was closed first.
+            "cancelled": its stream or its engine was closed first.
         prompt_tokens: length of the prompt.
         cached_tokens: how many of those were not computed again.
         logprobs: the generated tokens with their log-probabilities; None unless `SamplingParams.logprobs` asked for them.
@@ -85,15 +83,15 @@ def _rate(count: int, seconds: float) -> float:
     return count / seconds if count > 0 and seconds > 0 else 0.0
 
 
-def make_completion(tokens: list[Token], result: _core.GenerationResult, *, cancelled: bool) -> Completion:
-    """The completion of the tokens that were taken from a generation."""
+def make_completion(tokens: list[Token], result: _core.GenerationResult, *, cancelled: bool, logprobs: bool) -> Completion:
+    """The completion of the tokens that were taken from a generation, with their log-probabilities if it was asked for those."""
     return Completion(
         text="".join(token.text for token in tokens),
         tokens=tuple(token.id for token in tokens),
         finish_reason="cancelled" if cancelled else cast("FinishReason", result.finish_reason),
         prompt_tokens=result.prompt_tokens,
         cached_tokens=result.cached_tokens,
-        logprobs=tuple(tokens) if tokens and tokens[0].logprob is not None else None,
+        logprobs=tuple(tokens) if logprobs else None,
         timings=Timings(
             queue_seconds=result.queue_seconds,
             prompt_seconds=result.prompt_seconds,

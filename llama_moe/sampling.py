@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from . import _core
@@ -150,6 +150,8 @@ def _plain(value: object) -> object:
 def _strings(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a str or several, not {value!r}")
     strings = tuple(value)
     for item in strings:
         if not isinstance(item, str):

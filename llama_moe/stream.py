@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +13,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, ClassVar
 
 from . import _core
-from .errors import LlamaMoeError
+from .errors import LlamaMoeError, RequestTimeoutError
 from .results import Completion, Token, make_completion
 
 if TYPE_CHECKING:
@@ -40,21 +42,62 @@ def seconds(timeout: object) -> float | None:
     return float(timeout)
 
 
+class Deadline:
+    """The time that the requests of one call have together, from now on."""
+
+    __slots__ = ("_begin", "_seconds")
+
+    def __init__(self, timeout: object) -> None:
+        self._seconds = seconds(timeout)
+        self._begin = time.monotonic()
+
+    def left(self) -> float | None:
+        """What is left of it for a request that is submitted now.
+
+        Raises:
+            RequestTimeoutError: nothing.
+        """
+        if self._seconds is None:
+            return None
+        # In whole milliseconds, so that what is submitted at once has the timeout that the caller gave, also in messages.
+        left = self._seconds - math.floor(1e3 * (time.monotonic() - self._begin)) / 1e3
+        if left <= 0 < self._seconds:
+            raise RequestTimeoutError(f"not every request could be submitted within the timeout of {self._seconds:g} s: the queue was full")
+        return left
+
+
 def _token(entry: TokenEntry) -> Token:
     token_id, text, logprob, top = entry
     return Token(token_id, text, logprob, None if top is None else tuple(Token(*each) for each in top))
 
 
+def failure_text(error: LlamaMoeError) -> str:
+    """What a stream keeps of its failure: not the exception, whose traceback refers to the stream, and so to the engine."""
+    return f"{type(error).__name__}: {error}"
+
+
 class GenerationReader:
     """What streams of both kinds are made of: the tokens that were read, those that came since, and how it ended."""
 
-    __slots__ = ("__weakref__", "_cancelled", "_completion", "_engine", "_exhausted", "_failure", "_generation", "_ready", "_tokens")
+    __slots__ = (
+        "__weakref__",
+        "_cancelled",
+        "_completion",
+        "_engine",
+        "_exhausted",
+        "_failure",
+        "_generation",
+        "_logprobs",
+        "_ready",
+        "_tokens",
+    )
 
     # In a forked child, tokens that came before the fork are not given out either: the stream belongs to the parent.
     _forked: ClassVar[bool] = False
 
-    def __init__(self, generation: _core.Generation, engine: object = None) -> None:
+    def __init__(self, generation: _core.Generation, engine: object = None, *, logprobs: bool = False) -> None:
         self._generation = generation
+        self._logprobs = logprobs
         self._engine = engine  # an engine that nobody else refers to lives as long as its streams
         self._tokens: list[Token] = []
         self._ready: deque[Token] = deque()
@@ -74,7 +117,7 @@ class GenerationReader:
             return self._completion
         if self._failure is not None:
             raise LlamaMoeError(f"there is no completion, the generation failed: {self._failure}")
-        raise LlamaMoeError("there is no completion yet: read the stream to its end, or close() it, first")
+        raise LlamaMoeError("there is no completion yet: read the stream to its end, or close it, first")
 
     def cancel(self) -> None:
         """Ends the generation without waiting for it; the stream then ends too. Any thread may call this; nothing happens after the end."""
@@ -95,8 +138,7 @@ class GenerationReader:
             elif self._exhausted:
                 self._complete()
         except LlamaMoeError as error:
-            # Not the exception itself: its traceback refers to this frame, and a cycle would keep the engine alive.
-            self._failure = f"{type(error).__name__}: {error}"
+            self._failure = failure_text(error)
             raise
         except BaseException:
             self.cancel()
@@ -105,7 +147,7 @@ class GenerationReader:
 
     def _complete(self) -> None:
         # A generation may end by itself just before it is cancelled, with tokens that nobody read.
-        self._completion = make_completion(self._tokens, self._generation.result(), cancelled=self._cancelled)
+        self._completion = make_completion(self._tokens, self._generation.result(), cancelled=self._cancelled, logprobs=self._logprobs)
 
     @property
     def _ended(self) -> bool:
@@ -119,7 +161,8 @@ class GenerationReader:
 class TokenStream(GenerationReader, Iterator[Token]):
     """Iterates over the tokens of one generation as they come; made by `Engine.stream()`.
 
-    The generation runs whether or not anybody reads. It is cancelled by `close()`, by leaving a `with` block, and when nobody refers to the
+    The generation runs whether or not anybody reads. When its engine is closed, the stream ends with what came until then, and the
+    `finish_reason` "cancelled". It is cancelled by `close()`, by leaving a `with` block, and when nobody refers to the
     stream any more, so `for token in engine.stream(...)` may simply be left. An exception that interrupts the wait for a token, such as
     KeyboardInterrupt, cancels it too. One thread at a time may read a stream; any may cancel it.
     """
@@ -134,7 +177,9 @@ class TokenStream(GenerationReader, Iterator[Token]):
 
         Raises:
             DecodeError: the generation failed.
+            ContextFullError: the KV cache has no room for its next batch.
             RequestTimeoutError: the generation's timeout passed.
+            ClosedError: this process was forked from the one that the stream belongs to.
         """
         ready = self._ready
         while not ready or self._cancelled or self._forked:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
-
     import numpy as np
     import numpy.typing as npt
 
     TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
-    Prompt: TypeAlias = str | TokenIds
+
+# Users annotate with it, so it is there at run time too, where numpy is imported late and a name in quotes has no `|`.
+Prompt: TypeAlias = Union[str, Sequence[int], "npt.NDArray[np.integer[Any]]"]
 
 
 def token_ids(ids: TokenIds) -> list[int]:
