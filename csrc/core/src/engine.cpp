@@ -320,7 +320,12 @@ void Engine::clear_prefixes(const Poll& poll) {
 
 std::vector<MemoryRow> Engine::memory(const Poll& poll) {
     auto rows = std::make_shared<std::vector<MemoryRow>>();
-    core_->run([rows](Decoder& decoder, Scheduler&) { *rows = decoder.memory_rows(); }, poll);
+    core_->run(
+        [rows](Decoder& decoder, Scheduler& scheduler) {
+            *rows = decoder.memory_rows();
+            add_bytes(*rows, "CPU", "kv_cache", scheduler.saved_prefix_bytes());
+        },
+        poll);
     return *rows;
 }
 

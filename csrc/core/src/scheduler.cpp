@@ -206,6 +206,14 @@ void Scheduler::add_saved_prefix(SavedPrefix prefix) {
     saved_prefixes_.push_back(std::move(prefix));
 }
 
+std::uint64_t Scheduler::saved_prefix_bytes() const {
+    std::uint64_t bytes = 0;
+    for (const auto& saved : saved_prefixes_) {
+        bytes += saved.state.size() + saved.tokens.size() * sizeof(std::int32_t);
+    }
+    return bytes;
+}
+
 void Scheduler::truncate(std::size_t index, std::size_t length) {
     auto& cached = slots_[index].cached;
     if (length >= cached.size()) {

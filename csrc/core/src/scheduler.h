@@ -54,6 +54,7 @@ class Scheduler {
     // Replaces one of the same tokens.
     void add_saved_prefix(SavedPrefix prefix);
     void clear_saved_prefixes() { saved_prefixes_.clear(); }
+    std::uint64_t saved_prefix_bytes() const;
 
     // Whether nobody waits for the batch that is being computed any more. Called by compute threads while step() runs.
     bool should_abort() const;

@@ -139,12 +139,7 @@ void Speculation::add_memory(std::vector<MemoryRow>& rows) const {
         return;
     }
     for (const auto& row : state_->context->memory_rows()) {
-        const auto same = std::find_if(rows.begin(), rows.end(), [&](const auto& other) { return other.device == row.device && other.role == row.role; });
-        if (same == rows.end()) {
-            rows.push_back(row);
-        } else {
-            same->bytes += row.bytes;
-        }
+        add_bytes(rows, row.device, row.role, row.bytes);
     }
 }
 

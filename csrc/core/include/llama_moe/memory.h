@@ -12,6 +12,9 @@ struct MemoryRow {
     std::uint64_t bytes;
 };
 
+// Adds to the row of that device and role, or a row for them.
+void add_bytes(std::vector<MemoryRow>& rows, const std::string& device, const std::string& role, std::uint64_t bytes);
+
 // One line of llama.cpp's own account.
 struct BreakdownRow {
     std::string buffer_type;
