@@ -46,8 +46,12 @@ def options(
 @app.command()
 def run(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="PROMPT", help="What to continue; '-' reads it from standard input.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="PROMPT", help="What to continue, or to answer; '-' reads it from standard input.")
+    ],
     *,
+    chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt, in the format of the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message before it; implies --chat.")] = None,
     cpu_moe: Annotated[bool, typer.Option("--cpu-moe", help="All experts in host memory.")] = False,
     n_cpu_moe: Annotated[
         int | None, typer.Option("--n-cpu-moe", min=0, metavar="N", help="The experts of the first N layers in host memory.")
@@ -67,27 +71,41 @@ def run(
     ] = 4096,
     temperature: Annotated[float, typer.Option("--temp", min=0.0, metavar="T", help="0: always the most likely token.")] = 0.8,
     seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="S", help="Of the random choices. Default: a new one.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="The text ends before this. May be given several times.")
+    ] = None,
+    grammar: Annotated[Path | None, typer.Option("--grammar", metavar="FILE", help="The text matches this GBNF grammar.")] = None,
+    json_schema: Annotated[
+        str | None, typer.Option("--json-schema", metavar="FILE_OR_JSON", help="The text is JSON of this JSON schema; '{}' is any.")
+    ] = None,
+    lookup: Annotated[bool, typer.Option("--lookup", help="Draft tokens by looking up what followed the last ones before.")] = False,
+    draft_model: Annotated[
+        Path | None, typer.Option("--draft-model", metavar="FILE", help="Draft tokens with this smaller model of the same vocabulary.")
+    ] = None,
     threads: ThreadsOption = None,
     repack: Annotated[bool, typer.Option("--repack/--no-repack", help="Let llama.cpp rearrange weights for the CPU.")] = True,
     memory: Annotated[bool, typer.Option("--memory", help="Show the memory used, by device and role.")] = False,
 ) -> None:
-    """Continue a prompt, streaming the text.
+    """Continue a prompt, or answer it, streaming the text.
 
-    The text goes to standard output, speed and memory to standard error. Without --cpu-moe, --n-cpu-moe or --experts-on, as many experts as
-    fit go to the accelerators.
+    The text goes to standard output; reasoning, speed and memory to standard error. Without --cpu-moe, --n-cpu-moe or --experts-on, as
+    many experts as fit go to the accelerators.
     """
-    from .run import choose_placement, run_prompt
+    from .run import choose_drafting, choose_placement, choose_sampling, run_prompt
 
     with exit_codes():
         run_prompt(
             model,
             prompt,
             experts=choose_placement(cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe, experts_on=experts_on or []),
+            params=choose_sampling(
+                max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or [], grammar=grammar, json_schema=json_schema
+            ),
+            drafting=choose_drafting(lookup=lookup, draft_model=draft_model),
+            chat=chat or system is not None,
+            system=system,
             rpc=rpc or [],
-            max_tokens=max_tokens,
             context_size=context_size,
-            temperature=temperature,
-            seed=seed,
             threads=threads,
             repack=repack,
             memory=memory,

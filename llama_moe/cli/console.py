@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from llama_moe import ChatDelta
 from llama_moe.errors import LlamaMoeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from llama_moe import Completion, Engine, SamplingParams
+    from llama_moe import ChatStream, TokenStream
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -65,14 +66,17 @@ def progress(label: str) -> Iterator[Callable[[float], None]]:
         yield advance
 
 
-def stream_to_stdout(engine: Engine, prompt: str, params: SamplingParams) -> Completion:
-    """Writes the tokens to standard output as they come, then how quick they were to standard error."""
+def stream_to_stdout(started: TokenStream | ChatStream) -> None:
+    """Writes the text to standard output as it comes; the reasoning of an answer, and then how quick it was, to standard error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
     begin = time.perf_counter()
-    with engine.stream(prompt, params) as stream:
-        for token in stream:
-            sys.stdout.write(token.text)
+    with started as stream:
+        for piece in stream:
+            if isinstance(piece, ChatDelta):
+                sys.stderr.write(piece.reasoning)
+                sys.stderr.flush()
+            sys.stdout.write(str(piece))
             sys.stdout.flush()
     seconds = time.perf_counter() - begin
     sys.stdout.write("\n")
@@ -84,4 +88,3 @@ def stream_to_stdout(engine: Engine, prompt: str, params: SamplingParams) -> Com
         f"first token after {timings.time_to_first_token:.2f} s; "
         f"prompt of {completion.prompt_tokens} tokens at {timings.prompt_tokens_per_second:.1f} tokens/s"
     )
-    return completion

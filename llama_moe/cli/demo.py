@@ -46,7 +46,7 @@ def run_demo() -> None:
             engine = llama_moe.load(model, experts="cpu", devices=accelerators, threads=threads, on_progress=on_progress)
         stack.enter_context(engine)
         typer.echo(f"\n> {_QUESTION}\n")
-        stream_to_stdout(engine, _PROMPT, SamplingParams(max_tokens=128, temperature=0))
+        stream_to_stdout(engine.stream(_PROMPT, SamplingParams(max_tokens=128, temperature=0)))
         typer.echo(f"\nMemory by device and role:\n\n{engine.memory()}\n")
         kept = _bytes_on(names, engine.model.placement.by_device())
         typer.echo(

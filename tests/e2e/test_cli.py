@@ -33,10 +33,13 @@ def run_tiny(path: Path, *arguments: object, stdin: str = "") -> subprocess.Comp
     return cli("run", path, "-n", 12, "--ctx", 256, "--temp", 0, "--threads", 1, "--no-repack", *arguments, stdin=stdin)
 
 
+def load_tiny(path: Path) -> llama_moe.Engine:
+    return llama_moe.load(path, experts="gpu", devices=[], context_size=256, threads=1, repack=False)
+
+
 def greedy_text(path: Path, prompt: str) -> str:
-    params = llama_moe.SamplingParams(max_tokens=12, temperature=0)
-    with llama_moe.load(path, experts="gpu", devices=[], context_size=256, threads=1, repack=False) as llm:
-        return llm.generate(prompt, params).text
+    with load_tiny(path) as llm:
+        return llm.generate(prompt, llama_moe.SamplingParams(max_tokens=12, temperature=0)).text
 
 
 def test_run_writes_the_text_to_stdout_and_the_speed_to_stderr(path: Path) -> None:
@@ -63,6 +66,40 @@ def test_run_with_an_rpc_worker_gives_the_same_text_under_every_placement(path: 
     assert "kv_cache" in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "system"), [(["--chat"], None), (["--system", "Be brief."], "Be brief."), (["--chat", "--system", ""], "")]
+)
+def test_run_answers_in_the_format_of_the_chat_template(path: Path, options: list[str], system: str | None) -> None:
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    with load_tiny(path) as llm:
+        params = llama_moe.SamplingParams(max_tokens=12, temperature=0)
+        expected = llm.chat([*messages, {"role": "user", "content": "Hello"}], params).text
+    ran = run_tiny(path, "-p", "Hello", *options)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == expected + "\n"
+    assert "tokens/s" in ran.stderr
+
+
+def test_run_keeps_to_a_grammar_or_a_schema_and_stops_where_it_is_told_to(path: Path, tmp_path: Path) -> None:
+    grammar = tmp_path / "grammar.gbnf"
+    grammar.write_text('root ::= "one, two, three"', encoding="utf-8")
+    assert run_tiny(path, "-p", "Hello", "-n", 99, "--grammar", grammar).stdout == "one, two, three\n"
+    stopped = run_tiny(path, "-p", "Hello", "-n", 99, "--grammar", grammar, "--stop", "xyz", "--stop", ", three")
+    assert stopped.stdout == "one, two\n"
+    schema = '{"const": "yes"}'
+    (tmp_path / "schema.json").write_text(schema, encoding="utf-8")
+    for given in (schema, tmp_path / "schema.json"):
+        assert json.loads(run_tiny(path, "-p", "Hello", "-n", 99, "--json-schema", given).stdout) == "yes"
+
+
+def test_drafted_tokens_make_no_difference(tiny_model: Callable[[str], Path]) -> None:
+    path = tiny_model("llama")  # its weights compute the same whatever the batch
+    for options in (["--lookup"], ["--draft-model", path]):
+        ran = run_tiny(path, "-p", "Hello", *options)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout == greedy_text(path, "Hello") + "\n"
+
+
 def test_a_seed_repeats_the_text(path: Path) -> None:
     texts = {cli("run", path, "-p", "Hello", "-n", 8, "--ctx", 256, "--threads", 1, "--temp", 1, "--seed", 7).stdout for _ in range(2)}
     assert len(texts) == 1
@@ -77,6 +114,11 @@ def test_a_seed_repeats_the_text(path: Path) -> None:
         ["run", "MODEL", "-p", "x", "--cpu-moe", "--experts-on", "a=CPU"],
         ["run", "MODEL", "-p", "x", "--experts-on", "no-device"],
         ["run", "MODEL", "-p", "x", "-n", "0"],
+        ["run", "MODEL", "-p", "x", "--grammar", "g.gbnf", "--json-schema", "{}"],
+        ["run", "MODEL", "-p", "x", "--grammar", "no-such-file"],
+        ["run", "MODEL", "-p", "x", "--json-schema", "no-such-file"],
+        ["run", "MODEL", "-p", "x", "--json-schema", "MODEL"],
+        ["run", "MODEL", "-p", "x", "--lookup", "--draft-model", "MODEL"],
         ["run", "MODEL", "-p", "x", "--no-such-option"],
         ["no-such-command"],
         ["worker", "--bind", "0.0.0.0:50052"],
@@ -112,6 +154,9 @@ def test_a_worker_says_when_its_port_is_in_use() -> None:
         (["--experts-on", "(=CPU"], "regular expression"),
         (["--experts-on", "exps=NoSuchDevice"], "NoSuchDevice"),
         (["--rpc", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["--json-schema", '{"type": "word"}'], "word"),
+        (["--json-schema", "{"], "not JSON"),
+        (["--draft-model", "no-such-model"], "no-such-model"),
     ],
 )
 def test_a_failure_exits_with_1_and_one_line_with_the_value(path: Path, arguments: list[str], message: str) -> None:
@@ -121,6 +166,20 @@ def test_a_failure_exits_with_1_and_one_line_with_the_value(path: Path, argument
     (line,) = ran.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_option(path: Path) -> None:
+    for option, file, reason in (("--grammar", "no-such-file", "No such file"), ("--json-schema", path, "not text in UTF-8")):
+        stderr = cli("run", path, "-p", "x", option, file).stderr
+        assert option in stderr
+        assert f"{str(file)!r}" in stderr
+        assert reason in stderr
+
+
+def test_a_chat_needs_a_template(tiny_model: Callable[[str], Path]) -> None:
+    ran = run_tiny(tiny_model("llama"), "-p", "Hello", "--chat")
+    assert ran.returncode == 1
+    assert "no chat template" in ran.stderr
 
 
 @pytest.mark.parametrize("command", [["run", "-p", "x"], ["inspect"]])
