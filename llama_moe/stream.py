@@ -62,7 +62,7 @@ class Deadline:
         # In whole milliseconds, so that what is submitted at once has the timeout that the caller gave, also in messages.
         left = self._seconds - math.floor(1e3 * (time.monotonic() - self._begin)) / 1e3
         if left <= 0 < self._seconds:
-            raise RequestTimeoutError(f"not every request could be submitted within the timeout of {self._seconds:g} s: the queue was full")
+            raise RequestTimeoutError(f"a request did not end within the timeout of {self._seconds:g} s; it was not submitted yet")
         return left
 
 
