@@ -162,6 +162,9 @@ TEST_CASE("scheduler: random requests, cancels and failures in every configurati
                     REQUIRE(tokens.size() <= whole.size());
                     CHECK_EQ(tokens, Tokens(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(tokens.size())));
                     CHECK(!request->error || options.failures > 0);
+                    if (request->error) {
+                        CHECK_THROWS(DecodeError, std::rethrow_exception(request->error));
+                    }
                 } else {
                     CHECK(request->finished);
                     CHECK_EQ(tokens, whole);

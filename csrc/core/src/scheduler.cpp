@@ -56,7 +56,7 @@ std::vector<std::shared_ptr<Request>> Scheduler::running() const {
 }
 
 void Scheduler::admit(std::shared_ptr<Request> request) {
-    auto& slot = slots_[choose_slot(request->tokens)];
+    auto& slot = slots_[choose_slot(can_reuse(*request) ? request->tokens : Tokens())];
     if (request->started.load() == Clock::time_point{}) {
         request->started = Clock::now();
     }
@@ -241,14 +241,12 @@ void Scheduler::step() {
         const DecodeStatus status = decode();
         if (status == DecodeStatus::done) {
             take_results();
-        } else if (status != DecodeStatus::full) {
-            batch_failed(status);
-        } else if (make_room()) {
-            continue;
-        } else {
-            batch_failed(status);
+            return;
         }
-        return;
+        if (status != DecodeStatus::full || !make_room()) {
+            batch_failed(status);
+            return;
+        }
     }
 }
 
@@ -428,10 +426,9 @@ bool Scheduler::make_room() {
 // Of an aborted batch those go on that somebody still waits for: what was computed of it is computed again. The others of a failed
 // batch end with the error.
 void Scheduler::batch_failed(DecodeStatus status) {
-    const auto error = std::make_exception_ptr(
-        status == DecodeStatus::full
-            ? static_cast<const Error&>(ContextFullError("the KV cache has no room for a batch of " + std::to_string(batch_.size()) + " tokens"))
-            : DecodeError("llama.cpp could not decode a batch of " + std::to_string(batch_.size()) + " tokens"));
+    const std::string tokens = "a batch of " + std::to_string(batch_.size()) + " tokens";
+    const auto error = status == DecodeStatus::full ? std::make_exception_ptr(ContextFullError("the KV cache has no room for " + tokens))
+                                                    : std::make_exception_ptr(DecodeError("llama.cpp could not decode " + tokens));
     for (std::size_t i = 0; i < slots_.size(); i++) {
         auto& slot = slots_[i];
         if (slot.count == 0) {
@@ -439,6 +436,9 @@ void Scheduler::batch_failed(DecodeStatus status) {
         }
         const std::size_t known = status == DecodeStatus::aborted ? slot.cached.size() : 0;
         slot.cached.resize(decoder_.truncate(static_cast<int>(i), static_cast<int>(known)) ? known : 0);
+        if (slot.cached.empty()) {
+            slot.request->values.clear();
+        }
         if (slot.request->given_up()) {
             end(i, "cancelled");
         } else if (status != DecodeStatus::aborted) {
