@@ -6,9 +6,11 @@ want it says `devices=[]`.
 
 from __future__ import annotations
 
+import asyncio
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ import llama_moe
 from llama_moe import Device, Model
 from llama_moe.demo_model import demo_model_path, dense_model_path
 from llama_moe.worker import Worker
+from tests.support.loops import Loops, Run
 from tests.support.tiny_models import write_tiny_model
 
 
@@ -69,3 +72,26 @@ def demo_model(demo_path: Path) -> Iterator[Model]:
     """The demo model on the CPU, which tests must not close: for what needs some seconds of work to look at."""
     with Model(demo_path, experts="gpu", devices=[]) as model:
         yield model
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def new_loop(request: pytest.FixtureRequest) -> Loops:
+    """Makes event loops: asyncio's own, and uvloop's."""
+    if request.param == "uvloop":
+        return pytest.importorskip("uvloop", reason="uvloop is not installed").new_event_loop  # type: ignore[no-any-return]
+    return asyncio.new_event_loop
+
+
+@pytest.fixture
+def run(new_loop: Loops) -> Run:
+    """`asyncio.run` with either kind of loop."""
+
+    def run_on_new_loop(main: Coroutine[Any, Any, Any]) -> Any:
+        loop = new_loop()
+        try:
+            return loop.run_until_complete(asyncio.wait_for(main, 240))
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    return run_on_new_loop

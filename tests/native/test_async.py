@@ -5,49 +5,22 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import pytest
 
 from llama_moe import AsyncTokenStream, Completion, Engine, Model, SamplingParams, Token, _core
 from llama_moe.errors import ClosedError, ContextFullError, InvalidOptionError, LlamaMoeError, RequestTimeoutError
+from tests.support.loops import Loops, Run
 from tests.support.processes import run_python
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 PROMPTS = ["Hello", "The experts of the router", "a", "One, two, three, four, five", "Zebra"]
-
-ResultT = TypeVar("ResultT")
-Loops = Callable[[], asyncio.AbstractEventLoop]
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def new_loop(request: pytest.FixtureRequest) -> Loops:
-    if request.param == "uvloop":
-        return pytest.importorskip("uvloop", reason="uvloop is not installed").new_event_loop  # type: ignore[no-any-return]
-    return asyncio.new_event_loop
-
-
-@pytest.fixture
-def run(new_loop: Loops) -> Callable[[Coroutine[Any, Any, ResultT]], ResultT]:
-    """`asyncio.run` with either kind of loop."""
-
-    def run_on_new_loop(main: Coroutine[Any, Any, ResultT]) -> ResultT:
-        loop = new_loop()
-        try:
-            return loop.run_until_complete(asyncio.wait_for(main, 240))
-        finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
-
-    return run_on_new_loop
-
-
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
 @pytest.fixture(scope="module")

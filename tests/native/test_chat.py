@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,8 @@ import pytest
 from llama_moe import ChatDelta, ChatPrompt, ChatTemplate, Engine, Model, SamplingParams, _core
 from llama_moe.errors import ClosedError, ContextFullError, InvalidOptionError, LlamaMoeError
 from tests.support import chat_templates as templates
+from tests.support.conversations import ADD, BEGUN_CALL, QUESTION, WEATHER, joined
 
-WEATHER: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Tells the weather.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-            "required": ["city"],
-        },
-    },
-}
-ADD: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]},
-    },
-}
-QUESTION = [{"role": "user", "content": "What is it?"}]
 ALL = {name: getattr(templates, name) for name in ("CHATML", "LLAMA3", "HERMES", "DEEPSEEK_R1", "MISTRAL")}
 
 
@@ -57,19 +38,6 @@ def read(prompt: ChatPrompt, text: str, size: int) -> tuple[_core.ChatMessage, l
     deltas = [delta for at in range(0, len(text), size) for delta in parser.push(text[at : at + size])]
     deltas += parser.finish()
     return parser._native.message, deltas
-
-
-def joined(deltas: Sequence[ChatDelta]) -> tuple[str, str, list[tuple[str | None, str | None, str]]]:
-    calls: list[tuple[str | None, str | None, str]] = []
-    for delta in deltas:
-        for call in delta.tool_calls:
-            if call.index == len(calls):
-                calls.append((call.id, call.name, call.arguments))
-            else:
-                assert (call.id, call.name) == (None, None)
-                known = calls[call.index]
-                calls[call.index] = (known[0], known[1], known[2] + call.arguments)
-    return "".join(delta.content for delta in deltas), "".join(delta.reasoning for delta in deltas), calls
 
 
 # ---- prompts
@@ -359,30 +327,91 @@ def test_a_response_format_gives_json(engine: Engine, name: str) -> None:
     for seed in range(5):
         answer = engine.chat(
             QUESTION,
-            SamplingParams(seed=seed, max_tokens=200),
+            SamplingParams(seed=seed, max_tokens=400),
             template=ALL[name],
+            enable_thinking=False,  # which random weights never end
             response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
         )
+        assert answer.finish_reason == "stop"
+        assert json.loads(answer.text) in ({"ok": True}, {"ok": False})
+
+
+@pytest.mark.parametrize(
+    "response_format",
+    [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {}}}],
+    ids=["json_object", "any"],
+)
+def test_any_json_is_a_response_format(engine: Engine, response_format: dict[str, Any]) -> None:
+    finished = 0
+    for seed in range(12):
+        answer = engine.chat(QUESTION, SamplingParams(seed=seed, max_tokens=700), response_format=response_format)
         if answer.finish_reason == "stop":
-            assert json.loads(answer.text) in ({"ok": True}, {"ok": False})
-
-
-def test_any_json_is_a_response_format(engine: Engine) -> None:
-    answer = engine.chat(
-        QUESTION, SamplingParams(seed=1, max_tokens=400), response_format={"type": "json_schema", "json_schema": {"schema": {}}}
-    )
-    if answer.finish_reason == "stop":
-        json.loads(answer.text)
+            finished += 1
+            value = json.loads(answer.text)
+            assert response_format["type"] != "json_object" or isinstance(value, dict)
+        else:
+            assert answer.text[0] == "{" or response_format["type"] != "json_object"
+    assert finished > 0
     assert engine.chat(QUESTION, SamplingParams(max_tokens=3), response_format={"type": "text"}).finish_reason == "length"
+
+
+def forced(text: str) -> SamplingParams:
+    """Lets any model say exactly this."""
+    return SamplingParams(grammar=f"root ::= {json.dumps(text)}", max_tokens=200)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("DEEPSEEK_R1", "I think.\n</think>\n\nSo it is."), ("HERMES", "<think>\nI think.\n</think>\n\nSo it is.")]
+)
+def test_an_engines_answer_has_its_reasoning_apart(engine: Engine, name: str, said: str) -> None:
+    answer = engine.chat(QUESTION, forced(said), template=ALL[name])
+    assert (answer.reasoning, answer.text, answer.finish_reason) == ("I think.", "So it is.", "stop")
+    assert answer.to_message() == {"role": "assistant", "content": "So it is.", "reasoning_content": "I think."}
+    deltas = list(engine.stream_chat(QUESTION, forced(said), template=ALL[name]))
+    assert joined(deltas) == ("So it is.", "I think.", [])
+    assert len(deltas) > 4  # as it comes
+    # The conversation goes on.
+    prompt = engine.model.chat_format(templates.HERMES).apply([*QUESTION, answer.to_message(), *QUESTION])
+    assert "<think>\nI think.\n</think>\n\nSo it is." in prompt.text
+
+
+def test_a_streamed_tool_call_is_the_one_that_chat_gives(engine: Engine) -> None:
+    finished = 0
+    for seed in range(6):
+        stream = engine.stream_chat(
+            BEGUN_CALL,
+            SamplingParams(seed=seed, max_tokens=300),
+            tools=[ADD],
+            tool_choice="required",
+            continue_final_message=True,
+            template=templates.HERMES,
+        )
+        deltas = list(stream)
+        answer = engine.chat(
+            BEGUN_CALL,
+            SamplingParams(seed=seed, max_tokens=300),
+            tools=[ADD],
+            tool_choice="required",
+            continue_final_message=True,
+            template=templates.HERMES,
+        )
+        content, reasoning, calls = joined(deltas)
+        assert (content, reasoning) == (answer.text, answer.reasoning)
+        assert [call[1:] for call in calls] == [(call.name, call.arguments) for call in answer.tool_calls]  # ids are made anew
+        assert calls == [(call.id, call.name, call.arguments) for call in stream.completion.tool_calls]
+        assert stream.completion.finish_reason == answer.finish_reason
+        if answer.finish_reason == "tool_calls":
+            finished += 1
+            assert sum(len(delta.tool_calls) for delta in deltas) > len(calls)  # in parts
+    assert finished > 0
 
 
 def test_a_tool_call_that_has_begun_is_finished_well(engine: Engine) -> None:
     """The grammar of the tool calls goes on where the prompt stops, whatever the model's random weights would like."""
-    begun: list[dict[str, Any]] = [*QUESTION, {"role": "assistant", "content": "<tool_call>\n"}]
     finished = 0
     for seed in range(6):
         answer = engine.chat(
-            begun,
+            BEGUN_CALL,
             SamplingParams(seed=seed, max_tokens=300),
             tools=[ADD],
             tool_choice="required",
