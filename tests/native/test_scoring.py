@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 from llama_moe import Context, Engine, Model, SamplingParams
-from llama_moe.errors import ContextFullError, InvalidOptionError
+from llama_moe.errors import ContextFullError, InvalidOptionError, RequestTimeoutError
 
 PROMPT = [1, *range(30, 130)]
 
@@ -83,10 +84,36 @@ def test_embeddings_pool_the_hidden_states(engine: Engine) -> None:
     assert unit == pytest.approx(states.mean(axis=0) / np.linalg.norm(states.mean(axis=0)), abs=1e-4)
 
 
-def test_hidden_states_give_the_logits(engine: Engine, model: Model) -> None:
-    """The states are those behind the final norm: they are causal, so a prefix has the same ones."""
+def test_hidden_states_are_causal(engine: Engine) -> None:
     states = engine.embed(PROMPT, pooling="none", normalize=False)
     assert engine.embed(PROMPT[:40], pooling="none", normalize=False) == pytest.approx(states[:40], abs=1e-4)
+
+
+def test_hidden_states_times_the_output_weights_are_the_logits(engine: Engine, model: Model) -> None:
+    """The states are those behind the final norm."""
+    (output,) = [tensor.data for tensor in gguf.GGUFReader(model.path).tensors if tensor.name == "output.weight"]
+    assert output.shape == (model.vocab_size, model.embedding_length)
+    states = engine.embed(PROMPT, pooling="none", normalize=False)
+    with Context(model, context_size=256, **EXACT) as context:
+        logits = context.decode(PROMPT, outputs="all")
+    assert np.asarray(states) @ output.T == pytest.approx(logits, abs=1e-3)
+
+
+def test_a_timeout_ends_what_is_scored_or_embedded(model: Model) -> None:
+    long = [7] * 16000
+    with Engine(model, context_size=16384, micro_batch_size=16, **EXACT) as engine:
+        for call in (
+            lambda: engine.score(long, timeout=0.1),
+            lambda: engine.score([long, [4, 5]], timeout=0.1),
+            lambda: engine.embed([long], timeout=0.1),
+        ):
+            with pytest.raises(RequestTimeoutError, match=r"within its timeout of 0\.1 s"):
+                call()
+            assert len(engine.score([4, 5, 6], timeout=200).logprobs) == 2
+        assert engine.stats()["prompt_tokens"] < 3 * 15000
+        for timeout in (0, -1):
+            with pytest.raises(InvalidOptionError, match="timeout"):
+                engine.score([4, 5], timeout=timeout)
 
 
 def test_embeddings_of_several_texts_beside_generation(engine: Engine) -> None:
