@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llama_moe import Context, Engine, Model, SamplingParams
 from llama_moe.errors import ContextFullError, InvalidOptionError, LlamaMoeError
+from tests.support.waiting import eventually
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 PROMPTS = ["Hello", "The experts of the router", "a", "One, two, three, four, five", "Zebra"]
@@ -166,19 +168,61 @@ def test_samplers_cut_down_to_the_best_candidate_are_greedy(engine: Engine, para
 
 
 @pytest.mark.parametrize(
-    "params",
+    "options",
     [
-        SamplingParams(max_tokens=8, mirostat=1, seed=1),
-        SamplingParams(max_tokens=8, mirostat=2, seed=1),
-        SamplingParams(max_tokens=8, typical_p=0.5, seed=1),
-        SamplingParams(max_tokens=8, xtc_probability=0.5, seed=1),
-        SamplingParams(max_tokens=8, dry_multiplier=0.8, seed=1),
-        SamplingParams(max_tokens=8, presence_penalty=0.5, frequency_penalty=0.5, penalty_window=-1, seed=1),
+        {"mirostat": 1},
+        {"mirostat": 2},
+        {"typical_p": 0.3},
+        {"xtc_probability": 1.0},
+        {"dry_multiplier": 5.0, "dry_allowed_length": 1, "dry_sequence_breakers": ()},
+        {"repeat_penalty": 2.0, "penalty_window": -1},
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0, "penalty_window": -1},
+        {"dynatemp_range": 0.8},
+        {"adaptive_target": 0.1},
+        {"logit_bias": {70: 8.0}},
     ],
-    ids=["mirostat", "mirostat2", "typical", "xtc", "dry", "penalties"],
+    ids=lambda options: next(iter(options)),
 )
-def test_every_other_sampler_generates_and_repeats_by_seed(engine: Engine, params: SamplingParams) -> None:
-    assert engine.generate("Hello", params).tokens == engine.generate("Hello", params).tokens
+def test_every_other_sampler_makes_a_difference_and_repeats_by_seed(engine: Engine, options: dict[str, Any]) -> None:
+    prompt = [30, 31, 32, 33] * 8
+
+    def tokens(seed: int, **options: Any) -> tuple[int, ...]:
+        return engine.generate(prompt, SamplingParams(max_tokens=24, seed=seed, ignore_eos=True, **options)).tokens
+
+    seeds = range(6)
+    with_it = [tokens(seed, **options) for seed in seeds]
+    assert with_it == [tokens(seed, **options) for seed in seeds]
+    assert with_it != [tokens(seed) for seed in seeds]
+
+
+def test_a_full_context_ends_that_request_alone(model: Model) -> None:
+    limits = [20, 200, 60]
+    params = [SamplingParams(max_tokens=limit, temperature=0, ignore_eos=True) for limit in limits]
+    prompts = [[token, 9, 8] for token in (30, 40, 50)]
+    with Engine(model, context_size=256, max_sequences=4, threads=1, kv_type="f32", flash_attention="off") as engine:
+        expected = [engine.generate(prompt, each).tokens for prompt, each in zip(prompts, params, strict=True)]
+        streams = engine.stream(prompts, params)
+        for stream in streams:
+            next(stream)
+        # These fill their context while the others run.
+        full = engine.generate([[5] * 250, [6] * 240], SamplingParams(temperature=0, ignore_eos=True))
+        assert [(len(completion.tokens), completion.finish_reason) for completion in full] == [(7, "length"), (17, "length")]
+        assert [stream.read_all().tokens for stream in streams] == expected
+        assert engine.generate(prompts[0], params[0]).tokens == expected[0]
+
+
+def test_a_stream_that_nobody_reads_holds_up_no_other_and_is_bounded(model: Model) -> None:
+    with Engine(model, context_size=256, max_sequences=3, threads=1) as engine:
+        limited = engine.stream("Hello", SamplingParams(max_tokens=60, temperature=0, ignore_eos=True))
+        endless = engine.stream("Hello", SamplingParams(temperature=0, ignore_eos=True))
+        for _ in range(20):
+            assert len(engine.generate("a", GREEDY).tokens) <= 20
+        assert eventually(lambda: engine.stats()["requests_running"] == 0)  # by max_tokens, and by the context's end
+        generated = engine.stats()["generated_tokens"]
+        assert len(list(limited)) == 60
+        assert len(list(endless)) <= engine.context_size
+        assert (limited.completion.finish_reason, endless.completion.finish_reason) == ("length", "length")
+        assert engine.stats()["generated_tokens"] == generated
 
 
 def test_log_probabilities_are_those_of_the_logits(engine: Engine, model: Model) -> None:
