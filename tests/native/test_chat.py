@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llama_moe import ChatDelta, ChatPrompt, ChatTemplate, Engine, Model, SamplingParams, _core
-from llama_moe.errors import ClosedError, ContextFullError, InvalidOptionError, LlamaMoeError
+from llama_moe.errors import ClosedError, ContextFullError, InvalidOptionError, LlamaMoeError, RequestTimeoutError
 from tests.support import chat_templates as templates
 from tests.support.conversations import ADD, BEGUN_CALL, QUESTION, WEATHER, joined
 
@@ -433,6 +433,21 @@ def test_chat_errors_are_those_of_generate(engine: Engine) -> None:
     with pytest.raises(ContextFullError):
         engine.chat([{"role": "user", "content": "word " * 3000}])
     assert engine.chat(QUESTION, SamplingParams(max_tokens=2)).finish_reason == "length"
+
+
+def test_an_answer_ends_at_its_timeout(chat_model: Model) -> None:
+    endless = SamplingParams(temperature=0, ignore_eos=True)
+    long = [{"role": "user", "content": "z" * 30000}]
+    with Engine(chat_model, context_size=65536, micro_batch_size=16, threads=1) as engine:
+        for messages in (QUESTION, long):
+            with pytest.raises(RequestTimeoutError, match=r"within its timeout of 0\.1 s"):
+                engine.chat(messages, endless, timeout=0.1)
+            stream = engine.stream_chat(messages, endless, timeout=0.1)
+            with pytest.raises(TimeoutError):
+                list(stream)
+            with pytest.raises(LlamaMoeError, match=r"no completion.*failed"):
+                _ = stream.completion
+        assert len(engine.chat(QUESTION, SamplingParams(max_tokens=2), timeout=200).tokens) == 2
 
 
 def test_after_close_a_chat_is_refused(tiny_model: Callable[[str], Path]) -> None:
