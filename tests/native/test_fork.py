@@ -20,6 +20,7 @@ path = sys.argv[1]
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=4, temperature=0)
+TEMPLATE = "{{ messages[0]['content'] }}"
 
 def refused(action, *arguments):
     try:
@@ -45,6 +46,10 @@ SCENARIOS = {
         model = Model(path, experts="gpu", devices=[], repack=False)
         engine = Engine(model, context_size=8192, max_sequences=3, threads=1)
         context = Context(model, context_size=256, threads=1)
+        prefix = path + ".prefix"
+        engine.save_prefix(list(range(20, 60)), prefix)
+        question = [{"role": "user", "content": "Hello"}]
+        engine.chat(question, SHORT, template=TEMPLATE)  # the template is there before the fork
         expected = engine.generate("Hello", LONG).text
         stream = engine.stream("Hello", LONG)
         text = str(next(stream))
@@ -64,6 +69,15 @@ SCENARIOS = {
                 lambda: context.decode([1]),
                 lambda: context.sequence_length(0),
                 lambda: model.tokenize("a"),
+                lambda: engine.score("Hello there"),
+                lambda: engine.embed("Hello there"),
+                lambda: engine.perplexity("Hello there"),
+                lambda: engine.chat(question, SHORT, template=TEMPLATE),
+                lambda: engine.stream_chat(question, SHORT, template=TEMPLATE),
+                lambda: asyncio.run(engine.achat(question, SHORT, template=TEMPLATE)),
+                lambda: engine.load_prefix(prefix),
+                lambda: engine.save_prefix([20, 21], prefix),
+                engine.clear_prefixes,
                 model.memory, engine.memory, engine.stats, llama_moe.devices,
             ):
                 refused(use)
