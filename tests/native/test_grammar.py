@@ -117,7 +117,7 @@ def longest(schema: dict[str, Any]) -> int:
         case "object":
             return 2 + sum(len(json.dumps(name)) + 2 + longest(inner) for name, inner in schema["properties"].items())
         case "array":
-            return 2 + schema["maxItems"] * (longest(schema["items"]) + 1)
+            return 2 + int(schema["maxItems"]) * (longest(schema["items"]) + 1)
         case "string":
             return 2 + 12 * int(schema["maxLength"])
         case _:

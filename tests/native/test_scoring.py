@@ -128,7 +128,7 @@ def test_embeddings_of_several_texts_beside_generation(engine: Engine) -> None:
         assert engine.embed(text) == pytest.approx(row, abs=1e-4)
     assert [len(rows) for rows in engine.embed(["a", "bc"], pooling="none")] == [len(engine.model.tokenize(text)) for text in ("a", "bc")]
     no_texts: list[str] = []
-    assert engine.embed(no_texts).shape == (0, engine.model.embedding_length)  # type: ignore[union-attr]
+    assert engine.embed(no_texts).shape == (0, engine.model.embedding_length)
     assert stream.read_all().tokens == alone
 
 

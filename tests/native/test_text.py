@@ -6,6 +6,7 @@ A grammar that is one literal makes the model say it; its vocabulary has a token
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -42,7 +43,7 @@ def grammar_of(text: str) -> str:
     return f'root ::= "{escaped}"'
 
 
-def say(engine: Engine, text: str, *, seed: int, stop: Sequence[str] = (), **options: int) -> tuple[list[Token], str]:
+def say(engine: Engine, text: str, *, seed: int, stop: Sequence[str] = (), **options: Any) -> tuple[list[Token], str]:
     """The tokens that come when a model says exactly `text`, and why it ended."""
     params = SamplingParams(grammar=grammar_of(text), seed=seed, temperature=2.0, top_k=0, top_p=1, min_p=0, stop=stop, **options)
     with engine.stream([1, 30], params) as stream:
