@@ -232,11 +232,11 @@ def test_many_threads_for_a_minute(tiny_model: Callable[[str], Path], tmp_path: 
         assert stats["requests_running"] == stats["requests_waiting"] == 0 or eventually(
             lambda engine=engine: engine.stats()["requests_running"] == 0  # type: ignore[misc]
         )
-    # Memory grows while engines and threads are made for the first time, and not after that.
+    # Memory grows while engines and threads are made for the first time and each thread's heap finds its size, and not after that.
     resident = stress.resident
     half = resident[len(resident) // 3 : 2 * len(resident) // 3]
     if half and SECONDS >= 30:
-        assert max(resident[-len(half) :]) < max(half) + (16 << 20), [size >> 20 for size in resident]
+        assert max(resident[-len(half) :]) < max(half) + (32 << 20), [size >> 20 for size in resident]
     stress.model.close()
     with pytest.raises(ClosedError):
         stress.engines[0].generate([5])
