@@ -103,10 +103,11 @@ class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
                 await self._hub.wait(self._tag, self._generation, self._deadline)
         except BaseException:
             self.cancel()
+            self._hub.release(self._tag)
             raise
-        finally:
-            if self._exhausted or self._ended or self._cancelled:
-                self._hub.release(self._tag)
+        # Not as soon as it was cancelled: its end, which another thread brings about, has to wake it.
+        if self._exhausted or self._ended:
+            self._hub.release(self._tag)
 
     async def __aenter__(self) -> Self:
         return self

@@ -51,8 +51,8 @@ class Generation:
         )
 
 
-def stream_of(generation: Generation) -> TokenStream:
-    return TokenStream(cast("_core.Generation", generation))
+def stream_of(generation: Generation, *, logprobs: bool = False) -> TokenStream:
+    return TokenStream(cast("_core.Generation", generation), logprobs=logprobs)
 
 
 def entries(*texts: str) -> Iterable[Entry]:
@@ -76,7 +76,7 @@ def test_the_completion_is_what_was_streamed(at_once: int, end_comes_alone: bool
 
 
 def test_log_probabilities_come_with_their_tokens() -> None:
-    stream = stream_of(Generation((7, "a", -0.5, [(7, "a", -0.5), (8, "b", -1.5)])))
+    stream = stream_of(Generation((7, "a", -0.5, [(7, "a", -0.5), (8, "b", -1.5)])), logprobs=True)
     token = next(stream)
     assert token == Token(7, "a", -0.5, (Token(7, "a", -0.5), Token(8, "b", -1.5)))
     assert stream.read_all().logprobs == (token,)
