@@ -191,7 +191,8 @@ def test_the_wait_in_the_queue_counts_for_the_timeout(kind: str, engine: Engine,
         "chat": lambda: engine.chat(QUESTION, SHORT, template=CHATML, timeout=0.05),
         "agenerate": lambda: asyncio.run(engine.agenerate(PROMPTS[:2], SHORT, timeout=0.05)),
     }
-    with pytest.raises(RequestTimeoutError, match=r"within its timeout of 0\.05 s"):
+    # A later one of several has what is left of the call's timeout.
+    with pytest.raises(RequestTimeoutError, match=r"within its timeout of 0\.0[45]\d* s"):
         calls[kind]()
     assert_still_busy(engine, busy)
 
