@@ -10,8 +10,8 @@ namespace {
 // Rows that scores and embeddings may take of a batch, beside those of generation: more compute quicker, and enlarge the compute
 // buffer, which has a row of logits for each.
 int score_rows(const LoadedModel& model) {
-    constexpr int kLogits = 8 << 20;
-    return std::clamp(kLogits / llama_vocab_n_tokens(model.vocab), 16, 256);
+    constexpr int kLogits = 1 << 20;
+    return std::clamp(kLogits / llama_vocab_n_tokens(model.vocab), 32, 256);
 }
 
 bool truncates(const LoadedModel& model) {
