@@ -11,6 +11,7 @@ import pytest
 from llama_moe import Engine, Model, SamplingParams
 from llama_moe.errors import ModelLoadError
 from tests.support.processes import run_python
+from tests.support.waiting import eventually
 
 LOGGER = "llama_moe"
 
@@ -106,3 +107,13 @@ def test_a_handler_that_fails_does_not_break_the_call(path: Path, monkeypatch: p
         use_it(path)
     finally:
         logger.removeHandler(handler)
+
+
+def test_a_prompt_that_is_cancelled_logs_no_error(demo_model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    with Engine(demo_model, context_size=2048, threads=1) as engine:
+        stream = engine.stream(list(range(500, 2500)), SamplingParams(max_tokens=4, temperature=0))
+        assert eventually(lambda: engine.stats()["requests_running"] == 1)
+        stream.close()
+        engine.generate([500], SamplingParams(max_tokens=2, temperature=0))
+        assert engine.stats()["prompt_tokens"] < 2000  # it was stopped, not computed
+    assert [record.getMessage() for record in caplog.records if record.name == LOGGER and record.levelno >= logging.WARNING] == []

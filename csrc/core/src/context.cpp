@@ -147,6 +147,7 @@ void Context::State::decode_chunk(const DecodeInput& input, std::size_t begin, s
     }
     batch->add_output_to_wait_for();
     ErrorLog errors;
+    const ExpectedFailure quiet([this] { return interrupted(); });
     const int status = llama_decode(context->get(), batch->get());
     if (status == 2 || interrupted()) {
         throw CancelledError("decoding was interrupted");

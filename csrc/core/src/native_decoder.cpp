@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "llama_moe/error.h"
+#include "llama_moe/log.h"
 
 namespace llama_moe {
 namespace {
@@ -51,6 +52,7 @@ DecodeStatus NativeDecoder::decode(const std::vector<BatchToken>& batch, bool em
         batch_.add(token.token, token.position, token.sequence, token.output);
     }
     batch_.add_output_to_wait_for();
+    const ExpectedFailure quiet(should_abort_);
     const int status = llama_decode(context_.get(), batch_.get());
     if (status != 0) {
         return status == 1 ? DecodeStatus::full : status == 2 ? DecodeStatus::aborted : DecodeStatus::failed;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -45,6 +46,19 @@ class ErrorLog {
    private:
     std::vector<std::string> lines_;
     ErrorLog* outer_;
+};
+
+// While alive, what llama.cpp logs on this thread as a warning or an error is a debug line when `expected` says that it was asked
+// to fail: a decode that we stop is no error to anybody.
+class ExpectedFailure {
+   public:
+    explicit ExpectedFailure(std::function<bool()> expected);
+    ~ExpectedFailure();
+    ExpectedFailure(const ExpectedFailure&) = delete;
+    ExpectedFailure& operator=(const ExpectedFailure&) = delete;
+
+   private:
+    std::function<bool()> expected_;
 };
 
 }  // namespace llama_moe
