@@ -36,6 +36,16 @@ llama_flash_attn_type flash_attention(const std::string& name) {
                            : LLAMA_FLASH_ATTN_TYPE_AUTO;
 }
 
+// Whether the file names a way of pooling, as those of embedding models do.
+bool pools_by_itself(const LoadedModel& model) {
+    char architecture[64];
+    char value[16];
+    if (llama_model_meta_val_str(model.model, "general.architecture", architecture, sizeof(architecture)) < 0) {
+        return false;
+    }
+    return llama_model_meta_val_str(model.model, (std::string(architecture) + ".pooling_type").c_str(), value, sizeof(value)) > 0;
+}
+
 llama_context_params native_params(const LoadedModel& model, const ContextOptions& options, const NativeContextUse& use) {
     llama_context_params params = llama_context_default_params();
     const int trained = llama_model_n_ctx_train(model.model);
@@ -52,8 +62,10 @@ llama_context_params native_params(const LoadedModel& model, const ContextOption
     params.n_ubatch = static_cast<std::uint32_t>(std::min(options.micro_batch_size, options.batch_size));
     params.n_outputs_max = static_cast<std::uint32_t>(use.max_outputs);
     params.kv_unified = use.context_pool > 0;
-    // Pooling is ours: llama.cpp's would keep the embeddings of single tokens from us.
-    params.pooling_type = LLAMA_POOLING_TYPE_NONE;
+    // Pooling is ours: llama.cpp's would keep the embeddings of single tokens from us. (It warns when told what it would do anyway.)
+    if (pools_by_itself(model)) {
+        params.pooling_type = LLAMA_POOLING_TYPE_NONE;
+    }
     params.n_threads = options.threads > 0 ? options.threads : usable_cores();
     params.n_threads_batch = options.threads_batch > 0 ? options.threads_batch : params.n_threads;
     params.type_k = params.type_v = parse_kv_type(options.kv_type);
