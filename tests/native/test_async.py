@@ -14,7 +14,7 @@ import pytest
 
 from llama_moe import AsyncTokenStream, Completion, Engine, Model, SamplingParams, Token, _core
 from llama_moe.errors import ClosedError, ContextFullError, InvalidOptionError, LlamaMoeError, RequestTimeoutError
-from tests.support.loops import Loops, Run
+from tests.support.loops import Loops, Run, until
 from tests.support.processes import run_python
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
@@ -44,12 +44,6 @@ def nothing_is_left_over(model: Model, engine: Engine) -> Iterator[None]:
     gc.collect()
     after = _core.live_objects()
     assert {name: after[name] for name in ("generations", "notifiers")} == {name: before[name] for name in ("generations", "notifiers")}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what the engine's thread does without telling."""
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 async def is_free(engine: Engine) -> None:

@@ -15,7 +15,7 @@ from llama_moe import AsyncChatStream, ChatCompletion, ChatDelta, Engine, Model,
 from llama_moe.errors import ClosedError, ContextFullError, InvalidOptionError, LlamaMoeError, RequestTimeoutError
 from tests.support import chat_templates as templates
 from tests.support.conversations import ADD, BEGUN_CALL, QUESTION, joined
-from tests.support.loops import Run
+from tests.support.loops import Run, until
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=1)
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
@@ -50,12 +50,6 @@ def nothing_is_left_over() -> Iterator[None]:
     gc.collect()
     after = _core.live_objects()
     assert {name: after[name] for name in ("generations", "notifiers")} == {name: before[name] for name in ("generations", "notifiers")}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what the engine's thread does without telling."""
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 async def is_free(engine: Engine) -> None:

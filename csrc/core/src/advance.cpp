@@ -62,14 +62,6 @@ void normalise(float* row, int size) {
     }
 }
 
-}  // namespace
-
-void deliver_held(Request& request, const SamplingVocabulary& vocabulary) {
-    request.deliver(with_logprobs(request, vocabulary, request.assembler.finish()));
-}
-
-namespace {
-
 // One token; returns it, or -1 with `advance.end` set when it ended the generation and is not part of it.
 std::int32_t generate_one(Request& request, const SamplingVocabulary& vocabulary, const float* logits, int room, Advance& advance) {
     const std::int32_t token = request.sampler.sample(checked(logits));
@@ -99,6 +91,10 @@ std::int32_t generate_one(Request& request, const SamplingVocabulary& vocabulary
 }
 
 }  // namespace
+
+void deliver_held(Request& request, const SamplingVocabulary& vocabulary) {
+    request.deliver(with_logprobs(request, vocabulary, request.assembler.finish()));
+}
 
 Advance generate(Request& request, const SamplingVocabulary& vocabulary, const std::vector<const float*>& rows, const std::vector<std::int32_t>& draft,
                  int room) {

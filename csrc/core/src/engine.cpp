@@ -121,18 +121,12 @@ Generation::~Generation() {
 
 Delivered Generation::take(bool wait, const Poll& poll) {
     require_same_process("the generation");
-    const auto check = [&] {
-        engine_->check_lost();
-        if (poll) {
-            poll();
-        }
-    };
     Request& request = *request_;
     std::unique_lock<std::mutex> lock(request.mutex);
     const auto has_news = [&] { return request.finished || !request.ready.empty(); };
     if (wait) {
         const WaitingThread waiting(request);
-        wait_with_poll(request.changed, lock, check, has_news, request.deadline);
+        wait_with_poll(request.changed, lock, engine_->checked(poll), has_news, request.deadline);
     }
     if (!has_news() && request.past_deadline()) {
         lock.unlock();

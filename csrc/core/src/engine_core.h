@@ -43,6 +43,8 @@ class EngineCore : public std::enable_shared_from_this<EngineCore> {
     void run(std::function<void(Decoder&, Scheduler&)> task, const Poll& poll);
     // Called by whoever waits: fails all requests when the thread is in a call that can never return.
     void check_lost();
+    // A poll that does that first.
+    Poll checked(const Poll& poll);
     void close();
     bool closed() const;
 
@@ -67,7 +69,6 @@ class EngineCore : public std::enable_shared_from_this<EngineCore> {
     void fail_all(const std::exception_ptr& error);
     void check_open() const;
     bool failed() const;
-    Poll checked(const Poll& poll);
 
     std::shared_ptr<LoadedModel> model_;  // given back when the thread ends
     const EngineOptions options_;

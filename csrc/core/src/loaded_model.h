@@ -36,4 +36,9 @@ struct LoadedModel {
     std::vector<MemoryRow> memory;  // experts and weights by device, as allocated
 };
 
+// Whether a sequence's end can be taken back; a recurrent state cannot.
+inline bool takes_back_tokens(const LoadedModel& model) {
+    return !llama_model_is_recurrent(model.model) && !llama_model_is_hybrid(model.model);
+}
+
 }  // namespace llama_moe

@@ -171,8 +171,8 @@ void load_native(LoadedModel& loaded, const GgufInfo& gguf, llama_model_params p
     loaded.vocab = llama_model_get_vocab(loaded.model);
     loaded.fingerprint = fingerprint(gguf);
     loaded.layers = gguf.layer_count;
-    const bool standard_attention = !llama_model_is_recurrent(loaded.model) && !llama_model_is_hybrid(loaded.model) &&
-                                    llama_model_n_swa(loaded.model) == 0 && gguf.architecture_integer("attention.kv_lora_rank", 0) == 0;
+    const bool standard_attention = takes_back_tokens(loaded) && llama_model_n_swa(loaded.model) == 0 &&
+                                    gguf.architecture_integer("attention.kv_lora_rank", 0) == 0;
     loaded.kv_elements_per_token = standard_attention ? kv_elements_per_token(gguf) : 0;
 }
 

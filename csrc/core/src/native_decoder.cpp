@@ -15,10 +15,6 @@ int score_rows(const LoadedModel& model) {
     return std::clamp(kLogits / llama_vocab_n_tokens(model.vocab), 32, 256);
 }
 
-bool truncates(const LoadedModel& model) {
-    return !llama_model_is_recurrent(model.model) && !llama_model_is_hybrid(model.model);
-}
-
 }  // namespace
 
 NativeDecoder::NativeDecoder(std::shared_ptr<LoadedModel> model, std::shared_ptr<LoadedModel> draft_model, const EngineOptions& options,
@@ -26,7 +22,7 @@ NativeDecoder::NativeDecoder(std::shared_ptr<LoadedModel> model, std::shared_ptr
     : should_abort_(should_abort),
       max_draft_(options.draft_tokens),
       max_outputs_(std::min(options.batch_size, options.max_sequences * (1 + options.draft_tokens) + score_rows(*model))),
-      can_truncate_(truncates(*model)),
+      can_truncate_(takes_back_tokens(*model)),
       shares_cells_(options.context_pool > 0),
       context_(model, options, {max_outputs_, options.context_pool}, should_abort),
       batch_(context_.limits().batch_size) {

@@ -50,7 +50,7 @@ struct Speculation::State {
 Speculation::Speculation(NativeContext& target, std::shared_ptr<LoadedModel> draft_model, const EngineOptions& options,
                          std::function<bool()> should_abort)
     : state_(std::make_unique<State>()) {
-    if (draft_model && (llama_model_is_recurrent(draft_model->model) || llama_model_is_hybrid(draft_model->model))) {
+    if (draft_model && !takes_back_tokens(*draft_model)) {
         throw InvalidOptionError("the draft model keeps a recurrent state; it must be one that can take back tokens");
     }
     state_->context = draft_context(std::move(draft_model), options, target.limits(), std::move(should_abort));
