@@ -92,9 +92,9 @@ def write_synthetic_model(path: str | os.PathLike[str], shape: Shape = QWEN3MOE_
 
 def synthetic_model_path(shape: Shape = QWEN3MOE_2B) -> Path:
     """Returns the model in the cache, written there the first time."""
-    from llama_moe.demo_model import cache_dir
+    from llama_moe._machine import data_folder
 
-    target = cache_dir() / "benchmarks" / f"{shape.name}-Q4_K_M-v{_VERSION}.gguf"
+    target = data_folder() / "benchmarks" / f"{shape.name}-Q4_K_M-v{_VERSION}.gguf"
     return target if target.is_file() else write_synthetic_model(target, shape)
 
 

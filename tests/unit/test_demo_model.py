@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llama_moe import demo_model
-from llama_moe.demo_model import cache_dir, demo_model_path, dense_model_path, write_demo_model
+from llama_moe.demo_model import demo_model_path, dense_model_path, write_demo_model
 from llama_moe.errors import InvalidOptionError, LlamaMoeError
 from tests.support.tiny_models import DENSE, write_tiny_model
 
@@ -150,17 +150,6 @@ def test_a_failure_leaves_nothing_and_keeps_the_old_file(dense: Path, tmp_path: 
 
 
 # ---- the cache
-
-
-def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LLAMA_MOE_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "llama_moe"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / ".cache" / "llama_moe"
-    monkeypatch.setenv("LLAMA_MOE_CACHE", "/elsewhere")
-    assert cache_dir() == Path("/elsewhere")
 
 
 def test_a_demo_model_is_written_once(dense: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
