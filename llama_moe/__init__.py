@@ -8,6 +8,7 @@ Example:
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from . import _logging, errors
@@ -41,12 +42,17 @@ from .tokens import Prompt
 
 if TYPE_CHECKING:
     from .aio import AsyncChatStream, AsyncTokenStream
+    from .benchmark_report import BenchmarkReport, BenchmarkRow
+    from .benchmarking import benchmark
+    from .quality import Quality, QualityReport, compare
 
     __version__: str
 
 __all__ = [
     "AsyncChatStream",
     "AsyncTokenStream",
+    "BenchmarkReport",
+    "BenchmarkRow",
     "ChatCompletion",
     "ChatDelta",
     "ChatMessage",
@@ -66,6 +72,8 @@ __all__ = [
     "Placement",
     "Pooling",
     "Prompt",
+    "Quality",
+    "QualityReport",
     "SamplingParams",
     "Score",
     "Speculative",
@@ -79,12 +87,26 @@ __all__ = [
     "ToolChoice",
     "__version__",
     "add_rpc_device",
+    "benchmark",
     "build_info",
+    "compare",
     "devices",
     "errors",
     "inspect",
     "load",
 ]
+
+# What few need, by its module: asyncio alone takes longer to import than this package.
+_LATE = {
+    "AsyncChatStream": "aio",
+    "AsyncTokenStream": "aio",
+    "BenchmarkReport": "benchmark_report",
+    "BenchmarkRow": "benchmark_report",
+    "Quality": "quality",
+    "QualityReport": "quality",
+    "benchmark": "benchmarking",
+    "compare": "quality",
+}
 
 _logging.connect()
 
@@ -92,8 +114,6 @@ _logging.connect()
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return build_info()["version"]
-    if name in ("AsyncChatStream", "AsyncTokenStream"):  # late: importing asyncio takes longer than importing this package
-        from . import aio
-
-        return getattr(aio, name)
+    if name in _LATE:
+        return getattr(importlib.import_module(f".{_LATE[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -79,7 +79,8 @@ class Completion:
         return self.text
 
 
-def _rate(count: int, seconds: float) -> float:
+def rate(count: int, seconds: float) -> float:
+    """Things per second; 0 when there is nothing to tell."""
     return count / seconds if count > 0 and seconds > 0 else 0.0
 
 
@@ -97,7 +98,7 @@ def make_completion(tokens: list[Token], result: _core.GenerationResult, *, canc
             prompt_seconds=result.prompt_seconds,
             decode_seconds=result.decode_seconds,
             time_to_first_token=result.time_to_first_token,
-            prompt_tokens_per_second=_rate(result.prompt_tokens - result.cached_tokens, result.prompt_seconds),
-            decode_tokens_per_second=_rate(result.completion_tokens - 1, result.decode_seconds),
+            prompt_tokens_per_second=rate(result.prompt_tokens - result.cached_tokens, result.prompt_seconds),
+            decode_tokens_per_second=rate(result.completion_tokens - 1, result.decode_seconds),
         ),
     )

@@ -13,7 +13,7 @@ from .stream import Deadline
 from .tokens import as_prompts, token_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -50,6 +50,19 @@ class Score:
 
     def __repr__(self) -> str:
         return f"<Score of {len(self.tokens)} tokens: log-probability {self.total:.3f}, perplexity {self.perplexity:.3f}>"
+
+
+def text_windows(length: int, window: int, step: int) -> Iterator[tuple[int, int]]:
+    """Where each window of a text of `length` tokens begins, and its first token that no earlier one counted.
+
+    The text's very first token has no probability, so that counting begins at the second.
+    """
+    begin, fresh = 0, 1
+    while True:
+        yield begin, fresh
+        if begin + window >= length:
+            return
+        begin, fresh = begin + step, begin + window
 
 
 class ScoringMethods:
@@ -151,17 +164,13 @@ class ScoringMethods:
         if not 1 <= step < window:
             raise InvalidOptionError(f"stride is {stride}; it must be from 1 to {window - 1}, which is the context less one token")
         tokens = self._tokens_of(text)
-        begins = [0]
-        while begins[-1] + window < len(tokens):
-            begins.append(begins[-1] + step)
-        scores = self.score([tokens[begin : begin + window] for begin in begins], timeout=timeout)
+        windows = list(text_windows(len(tokens), window, step))
+        scores = self.score([tokens[begin : begin + window] for begin, _ in windows], timeout=timeout)
         total, counted = 0.0, 0
-        known = 1  # tokens, from the text's first one on, that were counted or have no probability
-        for begin, part in zip(begins, scores, strict=True):
-            fresh = part.logprobs[known - begin - 1 :]
-            total += float(fresh.sum(dtype=float))
-            counted += len(fresh)
-            known += len(fresh)
+        for (begin, fresh), part in zip(windows, scores, strict=True):
+            counts = part.logprobs[fresh - begin - 1 :]
+            total += float(counts.sum(dtype=float))
+            counted += len(counts)
         return math.exp(-total / counted)
 
     def _tokens_of(self, prompt: Prompt) -> list[int]:

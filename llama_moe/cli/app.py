@@ -26,6 +26,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads. Default: one for each physical core.")
 ]
+BatchThreadsOption = Annotated[
+    int | None, typer.Option("--threads-batch", min=1, metavar="N", help="CPU threads for prompts. Default: those for single tokens.")
+]
+RepackOption = Annotated[bool, typer.Option("--repack/--no-repack", help="Let llama.cpp rearrange weights for the CPU.")]
 
 
 def _show_version(value: bool) -> None:
@@ -83,7 +87,7 @@ def run(
         Path | None, typer.Option("--draft-model", metavar="FILE", help="Draft tokens with this smaller model of the same vocabulary.")
     ] = None,
     threads: ThreadsOption = None,
-    repack: Annotated[bool, typer.Option("--repack/--no-repack", help="Let llama.cpp rearrange weights for the CPU.")] = True,
+    repack: RepackOption = True,
     memory: Annotated[bool, typer.Option("--memory", help="Show the memory used, by device and role.")] = False,
 ) -> None:
     """Continue a prompt, or answer it, streaming the text.
@@ -109,6 +113,71 @@ def run(
             threads=threads,
             repack=repack,
             memory=memory,
+        )
+
+
+@app.command()
+def bench(
+    model: ModelArgument,
+    *,
+    placements: Annotated[
+        str | None,
+        typer.Option(
+            "--placements",
+            metavar="LIST",
+            help="Where the experts go, separated by commas: gpu, cpu, fit, fit:8GiB, first:12 (layers in host memory), last:4. "
+            "Default: gpu,cpu,fit; only gpu where that makes no difference.",
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=0, metavar="N", help="Length of the prompts; 0: none.")] = 512,
+    generate_tokens: Annotated[int, typer.Option("--generate-tokens", "-n", min=0, metavar="N", help="Tokens to decode; 0: none.")] = 128,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Of each test.")] = 3,
+    context_size: Annotated[
+        int | None, typer.Option("--ctx", min=1, metavar="N", help="Tokens of context. Default: 4096, or more if the tests need more.")
+    ] = None,
+    micro_batch_size: Annotated[int, typer.Option("--micro-batch", min=1, metavar="N", help="Most prompt tokens computed at once.")] = 512,
+    threads: ThreadsOption = None,
+    threads_batch: BatchThreadsOption = None,
+    host_memory: Annotated[
+        str, typer.Option("--host-memory", metavar="MODE", help="How host memory holds weights: mmap, pageable, pinned or locked.")
+    ] = "mmap",
+    repack: RepackOption = True,
+    rpc: RpcOption = None,
+    quality: Annotated[
+        Path | None, typer.Option("--quality", metavar="FILE", help="Compare what is predicted along this text: perplexity, agreement, KL.")
+    ] = None,
+    quality_tokens: Annotated[int, typer.Option("--quality-tokens", min=3, metavar="N", help="How much of it to use.")] = 1024,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="OTHER", help="Measure this file too, such as another quantisation.")
+    ] = None,
+    as_json: JsonOption = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Write Markdown.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Write CSV.")] = False,
+) -> None:
+    """Measure memory, speed and quality under several placements.
+
+    The speeds compare with llama-bench's. A placement that fails is reported and the others go on; the exit status is then 1.
+    """
+    from .bench import run_bench
+
+    with exit_codes():
+        run_bench(
+            model,
+            placements=placements,
+            prompt_tokens=prompt_tokens,
+            generate_tokens=generate_tokens,
+            repetitions=repetitions,
+            context_size=context_size,
+            micro_batch_size=micro_batch_size,
+            threads=threads,
+            threads_batch=threads_batch,
+            host_memory=host_memory,
+            repack=repack,
+            rpc=rpc or [],
+            quality=quality,
+            quality_tokens=quality_tokens,
+            against=against,
+            formats={"--json": as_json, "--markdown": as_markdown, "--csv": as_csv},
         )
 
 

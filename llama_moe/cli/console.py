@@ -14,7 +14,8 @@ from llama_moe import ChatDelta
 from llama_moe.errors import LlamaMoeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from llama_moe import ChatStream, TokenStream
 
@@ -88,3 +89,20 @@ def stream_to_stdout(started: TokenStream | ChatStream) -> None:
         f"first token after {timings.time_to_first_token:.2f} s; "
         f"prompt of {completion.prompt_tokens} tokens at {timings.prompt_tokens_per_second:.1f} tokens/s"
     )
+
+
+def check_one_of(reason: str, options: Mapping[str, bool]) -> None:
+    """More than one of these options is a usage error."""
+    given = [option for option, is_given in options.items() if is_given]
+    if len(given) > 1:
+        raise typer.BadParameter(f"{reason}; give only one of them", param_hint=" and ".join(given))
+
+
+def text_of(path: Path, option: str) -> str:
+    """The text of a file; one that cannot be read is a usage error."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"{str(path)!r} cannot be read: {error.strerror}", param_hint=option) from None
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{str(path)!r} is not text in UTF-8", param_hint=option) from None

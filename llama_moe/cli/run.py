@@ -12,10 +12,10 @@ import typer
 import llama_moe
 from llama_moe import ExpertPlacement, Model, SamplingParams, Speculative
 
-from .console import note, progress, stream_to_stdout
+from .console import check_one_of, note, progress, stream_to_stdout, text_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from typing import Literal, TypeAlias
 
     Drafting: TypeAlias = Literal["lookup"] | Path | None
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def choose_placement(*, cpu_moe: bool, n_cpu_moe: int | None, experts_on: Sequence[str]) -> ExpertPlacement:
     """The placement that the options stand for; more than one kind of them is a usage error."""
-    _check_one_of(
+    check_one_of(
         "each says where the experts go",
         {"--cpu-moe": cpu_moe, "--n-cpu-moe": n_cpu_moe is not None, "--experts-on": bool(experts_on)},
     )
@@ -38,38 +38,23 @@ def choose_sampling(
     *, max_tokens: int, temperature: float, seed: int | None, stop: Sequence[str], grammar: Path | None, json_schema: str | None
 ) -> SamplingParams:
     """How to sample; a file that cannot be read is a usage error."""
-    _check_one_of("each says what the text must be", {"--grammar": grammar is not None, "--json-schema": json_schema is not None})
+    check_one_of("each says what the text must be", {"--grammar": grammar is not None, "--json-schema": json_schema is not None})
     if json_schema is not None and not json_schema.lstrip().startswith("{"):
-        json_schema = _text_of(Path(json_schema), "--json-schema")
+        json_schema = text_of(Path(json_schema), "--json-schema")
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         stop=stop,
-        grammar=None if grammar is None else _text_of(grammar, "--grammar"),
+        grammar=None if grammar is None else text_of(grammar, "--grammar"),
         json_schema=json_schema,
     )
 
 
 def choose_drafting(*, lookup: bool, draft_model: Path | None) -> Drafting:
     """What drafts tokens: lookup, the model in a file, or nothing."""
-    _check_one_of("each says what drafts tokens", {"--lookup": lookup, "--draft-model": draft_model is not None})
+    check_one_of("each says what drafts tokens", {"--lookup": lookup, "--draft-model": draft_model is not None})
     return "lookup" if lookup else draft_model
-
-
-def _check_one_of(reason: str, options: Mapping[str, bool]) -> None:
-    given = [option for option, is_given in options.items() if is_given]
-    if len(given) > 1:
-        raise typer.BadParameter(f"{reason}; give only one of them", param_hint=" and ".join(given))
-
-
-def _text_of(path: Path, option: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise typer.BadParameter(f"{str(path)!r} cannot be read: {error.strerror}", param_hint=option) from None
-    except UnicodeDecodeError:
-        raise typer.BadParameter(f"{str(path)!r} is not text in UTF-8", param_hint=option) from None
 
 
 def _rule(text: str) -> tuple[str, str]:

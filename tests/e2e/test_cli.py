@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,15 +12,7 @@ import pytest
 
 import llama_moe
 from llama_moe.worker import Worker
-from tests.support.processes import Program, environment
-
-_COMMAND = [sys.executable, "-m", "llama_moe.cli"]
-
-
-def cli(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*_COMMAND, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=240, check=False, env=environment()
-    )
+from tests.support.processes import COMMAND, Program, cli
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +182,7 @@ def test_a_missing_model_is_a_failure(tmp_path: Path, command: list[str]) -> Non
 
 
 def test_ctrl_c_exits_with_130(demo_path: Path) -> None:
-    with Program([*_COMMAND, "run", str(demo_path), "-p", "Once upon a time", "-n", "4000", "--threads", "1", "--temp", "1"]) as program:
+    with Program([*COMMAND, "run", str(demo_path), "-p", "Once upon a time", "-n", "4000", "--threads", "1", "--temp", "1"]) as program:
         first = program.stdout.read(1)
         program.interrupt()
         status, _, stderr = program.finish()
@@ -240,5 +231,5 @@ def test_help_and_version() -> None:
     assert llama_moe.__version__ in cli("--version").stdout
     shown = cli("--help")
     assert shown.returncode == 0
-    for command in ("run", "inspect", "devices", "worker", "demo-model", "demo"):
+    for command in ("run", "bench", "inspect", "devices", "worker", "demo-model", "demo"):
         assert command in shown.stdout

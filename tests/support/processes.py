@@ -13,9 +13,12 @@ from typing import IO
 
 from typing_extensions import Self
 
-__all__ = ["REPOSITORY", "Program", "python", "run_python"]
+__all__ = ["COMMAND", "REPOSITORY", "Program", "cli", "python", "run_python"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+# The command line program.
+COMMAND = [sys.executable, "-m", "llama_moe.cli"]
 
 # A guard against a hang, not a measure: generous enough for a busy machine.
 _TIMEOUT_SECONDS = 120.0
@@ -35,6 +38,13 @@ def environment() -> dict[str, str]:
 def run_python(code: str, *arguments: object, timeout: float = _TIMEOUT_SECONDS) -> subprocess.CompletedProcess[str]:
     """Runs `code` to its end and returns what it wrote."""
     return subprocess.run(python(code, *arguments), capture_output=True, text=True, timeout=timeout, check=False, env=environment())
+
+
+def cli(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the command line program to its end and returns what it wrote."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=240, check=False, env=environment()
+    )
 
 
 class Program:
