@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from .benchmark_report import BenchmarkReport, BenchmarkRow
     from .benchmarking import benchmark
     from .quality import Quality, QualityReport, compare
+    from .routing import LayerRouting, RoutingTrace
+    from .routing_cache import CacheSimulation
 
     __version__: str
 
@@ -53,6 +55,7 @@ __all__ = [
     "AsyncTokenStream",
     "BenchmarkReport",
     "BenchmarkRow",
+    "CacheSimulation",
     "ChatCompletion",
     "ChatDelta",
     "ChatMessage",
@@ -66,6 +69,7 @@ __all__ = [
     "Engine",
     "ExpertPlacement",
     "FinishReason",
+    "LayerRouting",
     "MemoryReport",
     "Model",
     "ModelInfo",
@@ -74,6 +78,7 @@ __all__ = [
     "Prompt",
     "Quality",
     "QualityReport",
+    "RoutingTrace",
     "SamplingParams",
     "Score",
     "Speculative",
@@ -102,8 +107,11 @@ _LATE = {
     "AsyncTokenStream": "aio",
     "BenchmarkReport": "benchmark_report",
     "BenchmarkRow": "benchmark_report",
+    "CacheSimulation": "routing_cache",
+    "LayerRouting": "routing",
     "Quality": "quality",
     "QualityReport": "quality",
+    "RoutingTrace": "routing",
     "benchmark": "benchmarking",
     "compare": "quality",
 }

@@ -10,6 +10,7 @@ from .memory import MemoryReport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .model import Model
+    from .routing import RoutingTrace
     from .tokens import TokenIds
 
 
@@ -144,6 +146,24 @@ class Context:
             InvalidOptionError: the data is of another model, `max_sequences` or `kv_type`, does not fit, or is damaged.
         """
         self._native.load_state(data, sequence_id)
+
+    def trace_routing(self, *, choices: bool = False, weights: bool = False) -> AbstractContextManager[RoutingTrace]:
+        """Counts which experts the model's routers choose, while the block of a `with` runs.
+
+        Counting begins with the next batch, and its end leaves out a batch that is being computed. It can be read meanwhile, from any
+        thread. Several traces may run at once, and none changes what is computed. Without one, nothing is slower.
+
+        Args:
+            choices: keep the experts of each token too, two bytes for each of them: 768 bytes a token with 48 layers and 8 experts used.
+            weights: keep the weights of the chosen experts too, four bytes for each.
+
+        Raises:
+            ClosedError: the context was closed.
+            InvalidOptionError: the model has no experts.
+        """
+        from .routing import trace  # late: not everybody needs numpy
+
+        return trace(self._native, choices=choices, weights=weights)
 
     def memory(self) -> MemoryReport:
         """Bytes by device and role: the model's weights, this KV cache and its compute buffers."""

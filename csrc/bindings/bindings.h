@@ -18,6 +18,7 @@
 #include "llama_moe/model.h"
 #include "llama_moe/notifier.h"
 #include "llama_moe/process.h"
+#include "llama_moe/routing.h"
 #include "llama_moe/wait.h"
 
 namespace py = pybind11;
@@ -30,6 +31,7 @@ void bind_devices(py::module_& m);
 void bind_gguf(py::module_& m);
 void bind_placement(py::module_& m);
 void bind_model(py::module_& m);
+void bind_routing(py::module_& m);
 void bind_context(py::module_& m);
 void bind_sampling(py::module_& m);
 void bind_notifier(py::module_& m);
@@ -83,6 +85,7 @@ using ContextHandle = Handle<Context>;
 using EngineHandle = Handle<Engine>;
 using GenerationHandle = Handle<Generation>;
 using NotifierHandle = Handle<Notifier>;
+using RoutingTraceHandle = Handle<RoutingTrace>;
 using ChatTemplateHandle = Handle<ChatTemplate>;
 
 using MemoryTuples = std::vector<std::tuple<std::string, std::string, std::uint64_t>>;
@@ -90,6 +93,21 @@ MemoryTuples to_tuples(const std::vector<MemoryRow>& rows);
 // (buffer type, device, "model" | "context" | "compute", bytes)
 using BreakdownTuples = std::vector<std::tuple<std::string, std::string, std::string, std::uint64_t>>;
 BreakdownTuples to_tuples(const std::vector<BreakdownRow>& rows);
+
+// Adds the start and the end of a trace to an engine or a context.
+template <typename HandleType>
+void def_tracing(py::class_<HandleType>& traced) {
+    traced
+        .def(
+            "start_trace",
+            [](const HandleType& handle, bool choices, bool weights) {
+                return std::make_unique<RoutingTraceHandle>(without_gil([&] { return handle->start_trace({choices, weights}); }));
+            },
+            py::arg("choices"), py::arg("weights"))
+        .def(
+            "end_trace", [](const HandleType& handle, const RoutingTraceHandle& trace) { without_gil([&] { handle->end_trace(trace.get()); }); },
+            py::arg("trace"));
+}
 
 // Saved states may be gigabytes: they are copied without the GIL.
 py::bytes to_bytes(const std::string& data);

@@ -58,7 +58,9 @@ void bind_context(py::module_& m) {
         .def_readwrite("offload_kv", &ContextOptions::offload_kv)
         .def("validate", &ContextOptions::validate);
 
-    py::class_<ContextHandle>(m, "Context")
+    py::class_<ContextHandle> context(m, "Context");
+    def_tracing(context);
+    context
         .def(py::init([](const ModelHandle& model, const ContextOptions& options) {
                  return std::make_unique<ContextHandle>(
                      without_gil([&, native = model.get()] { return Context::create(native, options, poll_signals()); }));

@@ -144,6 +144,7 @@ void bind_engine(py::module_& m) {
         .def_property_readonly("threads_batch", [](const EngineHandle& engine) { return engine->limits().threads_batch; })
         .def("close", [](const EngineHandle& engine) { without_gil([&] { engine->close(); }); })
         .def_property_readonly("closed", [](const EngineHandle& engine) { return engine->closed(); });
+    def_tracing(engine);
     def_submit<const std::string&, const SamplingOptions&>(
         engine, "submit",
         [](const EngineHandle& handle, const std::string& prompt, const SamplingOptions& sampling, const DeliveryOptions& delivery) {

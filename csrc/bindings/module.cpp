@@ -40,6 +40,7 @@ PYBIND11_MODULE(_core, m) {
     bind_gguf(m);
     bind_placement(m);
     bind_model(m);
+    bind_routing(m);
     bind_context(m);
     bind_sampling(m);
     bind_notifier(m);

@@ -30,6 +30,11 @@ BatchThreadsOption = Annotated[
     int | None, typer.Option("--threads-batch", min=1, metavar="N", help="CPU threads for prompts. Default: those for single tokens.")
 ]
 RepackOption = Annotated[bool, typer.Option("--repack/--no-repack", help="Let llama.cpp rearrange weights for the CPU.")]
+CpuMoeOption = Annotated[bool, typer.Option("--cpu-moe", help="All experts in host memory.")]
+NCpuMoeOption = Annotated[
+    int | None, typer.Option("--n-cpu-moe", min=0, metavar="N", help="The experts of the first N layers in host memory.")
+]
+ContextSizeOption = Annotated[int, typer.Option("--ctx", min=0, metavar="N", help="Tokens of context; 0: what the model was trained for.")]
 
 
 def _show_version(value: bool) -> None:
@@ -56,10 +61,8 @@ def run(
     *,
     chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt, in the format of the model's chat template.")] = False,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message before it; implies --chat.")] = None,
-    cpu_moe: Annotated[bool, typer.Option("--cpu-moe", help="All experts in host memory.")] = False,
-    n_cpu_moe: Annotated[
-        int | None, typer.Option("--n-cpu-moe", min=0, metavar="N", help="The experts of the first N layers in host memory.")
-    ] = None,
+    cpu_moe: CpuMoeOption = False,
+    n_cpu_moe: NCpuMoeOption = None,
     experts_on: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,9 +73,7 @@ def run(
     ] = None,
     rpc: RpcOption = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Most tokens to generate.")] = 256,
-    context_size: Annotated[
-        int, typer.Option("--ctx", min=0, metavar="N", help="Tokens of context; 0: what the model was trained for.")
-    ] = 4096,
+    context_size: ContextSizeOption = 4096,
     temperature: Annotated[float, typer.Option("--temp", min=0.0, metavar="T", help="0: always the most likely token.")] = 0.8,
     seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="S", help="Of the random choices. Default: a new one.")] = None,
     stop: Annotated[
@@ -178,6 +179,63 @@ def bench(
             quality_tokens=quality_tokens,
             against=against,
             formats={"--json": as_json, "--markdown": as_markdown, "--csv": as_csv},
+        )
+
+
+@app.command()
+def trace(
+    model: ModelArgument,
+    *,
+    file: Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="Compute this text.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", metavar="PROMPT", help="Compute this prompt and continue it, always with the most likely token."),
+    ] = None,
+    generate: Annotated[
+        int | None, typer.Option("--generate", min=1, metavar="N", help="Most tokens to continue it with. Default: 128.")
+    ] = None,
+    cpu_moe: CpuMoeOption = False,
+    n_cpu_moe: NCpuMoeOption = None,
+    rpc: RpcOption = None,
+    context_size: ContextSizeOption = 4096,
+    threads: ThreadsOption = None,
+    repack: RepackOption = True,
+    cache_slots: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--cache-slots",
+            min=1,
+            metavar="N",
+            help="Say how often a cache of N experts would have had the ones that were needed. May be given several times.",
+        ),
+    ] = None,
+    heatmap: Annotated[Path | None, typer.Option("--heatmap", metavar="FILE", help="Draw a heatmap into this image.")] = None,
+    save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Keep it all for RoutingTrace.load().")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which experts the routers of a model choose for a text.
+
+    For each layer: its most used experts with their share of the tokens, how many were never used, and how even it was: the entropy (1: all
+    alike) and the coefficient of variation (0: all alike). Texts longer than the context are computed in pieces.
+    """
+    from .run import choose_placement
+    from .trace import trace_model
+
+    with exit_codes():
+        trace_model(
+            model,
+            file=file,
+            prompt=prompt,
+            generate=generate,
+            experts=choose_placement(cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe, experts_on=[]),
+            rpc=rpc or [],
+            context_size=context_size,
+            threads=threads,
+            repack=repack,
+            cache_slots=cache_slots or [],
+            heatmap=heatmap,
+            save=save,
+            as_json=as_json,
         )
 
 

@@ -43,6 +43,11 @@ def test_only_one_file_includes_the_experimental_header() -> None:
     assert users == ["native_context.cpp"]
 
 
+def test_only_one_file_includes_the_internals_of_a_context() -> None:
+    users = [file.name for file in cpp_files(_CORE, REPOSITORY / "csrc" / "bindings") if "llama-context.h" in includes(file)]
+    assert users == ["eval_callback.cpp"]
+
+
 def test_the_common_library_is_behind_a_file_for_each_part_of_it() -> None:
     headers = {"chat.h": "chat.cpp", "json-schema-to-grammar.h": "grammar.cpp", "reasoning-budget.h": "grammar.cpp", "log.h": "device.cpp"}
     for header, only_user in headers.items():

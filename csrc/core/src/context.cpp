@@ -148,7 +148,7 @@ void Context::State::decode_chunk(const DecodeInput& input, std::size_t begin, s
     batch->add_output_to_wait_for();
     ErrorLog errors;
     const ExpectedFailure quiet([this] { return interrupted(); });
-    const int status = llama_decode(context->get(), batch->get());
+    const int status = context->decode(*batch);
     if (status == 2 || interrupted()) {
         throw CancelledError("decoding was interrupted");
     }
@@ -178,10 +178,11 @@ std::shared_ptr<Context> Context::create(const std::shared_ptr<Model>& model, co
     auto loaded = model->acquire();
     std::shared_ptr<Context> context(new Context);
     context->state_ = std::make_shared<State>(*loaded);
+    context->routing_ = std::make_shared<RoutingHub>(routing_shape(model->gguf()));
     live_objects().contexts++;
     context->state_->thread.run(
-        [state = context->state_.get(), loaded, options] {
-            state->context = std::make_unique<NativeContext>(loaded, options, NativeContextUse{}, [state] { return state->interrupted(); });
+        [state = context->state_.get(), loaded, options, routing = context->routing_] {
+            state->context = std::make_unique<NativeContext>(loaded, options, NativeContextUse{0, 0, routing}, [state] { return state->interrupted(); });
             state->batch = std::make_unique<Batch>(state->context->limits().batch_size);
         },
         poll);
@@ -347,6 +348,20 @@ std::vector<BreakdownRow> Context::breakdown(const Poll& poll) {
     auto rows = std::make_shared<std::vector<BreakdownRow>>();
     run([rows](State& state) { *rows = state.context->breakdown(); }, poll);
     return *rows;
+}
+
+std::shared_ptr<RoutingTrace> Context::start_trace(const TraceOptions& options) {
+    require_same_process("the context");
+    if (closed()) {
+        throw ClosedError("the context is closed");
+    }
+    return routing_->start(options, 0);
+}
+
+void Context::end_trace(const std::shared_ptr<RoutingTrace>& trace) {
+    if (!forked()) {
+        routing_->end(trace);
+    }
 }
 
 void Context::close() {

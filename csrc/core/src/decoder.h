@@ -14,6 +14,7 @@ struct BatchToken {
     int position;
     int sequence;
     bool output;  // its logits, or its embedding, are wanted
+    std::int64_t request = -1;  // the number of its request; -1: none
 };
 
 // Tokens that may follow those of a sequence, to be verified by the model.

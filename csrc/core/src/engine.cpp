@@ -207,10 +207,12 @@ std::shared_ptr<Engine> Engine::create(const std::shared_ptr<Model>& model, cons
     if (loaded_draft) {
         devices.insert(devices.end(), loaded_draft->devices.begin(), loaded_draft->devices.end());
     }
-    const auto make_decoder = [loaded, loaded_draft, options](const std::function<bool()>& should_abort) {
-        return std::make_unique<NativeDecoder>(loaded, loaded_draft, options, should_abort);
+    auto routing = std::make_shared<RoutingHub>(routing_shape(model->gguf()));
+    const auto make_decoder = [loaded, loaded_draft, options, routing](const std::function<bool()>& should_abort) {
+        return std::make_unique<NativeDecoder>(loaded, loaded_draft, options, routing, should_abort);
     };
     auto engine = start(model, options, std::make_shared<EngineCore>(loaded, options, std::move(devices), make_decoder), poll);
+    engine->routing_ = std::move(routing);
     if (draft_model) {
         engine->draft_model_ = draft_model;
         draft_model->add_user(engine);
@@ -336,6 +338,23 @@ EngineStats Engine::stats() const {
 
 int Engine::embedding_size() const {
     return model_->embedding_length();
+}
+
+std::shared_ptr<RoutingTrace> Engine::start_trace(const TraceOptions& options) {
+    require_same_process("the engine");
+    if (closed()) {
+        throw ClosedError("the engine is closed");
+    }
+    if (!routing_) {
+        throw InvalidOptionError("an idle engine computes nothing that could be traced");
+    }
+    return routing_->start(options, static_cast<std::int64_t>(core_->stats().requests_submitted));
+}
+
+void Engine::end_trace(const std::shared_ptr<RoutingTrace>& trace) {
+    if (routing_ && !forked()) {
+        routing_->end(trace);
+    }
 }
 
 void Engine::close() {

@@ -234,6 +234,7 @@ void EngineCore::submit(const std::shared_ptr<Request>& request, bool wait, cons
         throw QueueFullError("the queue is full: " + std::to_string(waiting_.size()) + " requests wait (max_queue is " +
                              std::to_string(options_.max_queue) + ") for " + std::to_string(limits_.max_sequences) + " sequences; try again later");
     }
+    request->number = static_cast<std::int64_t>(submitted_);
     waiting_.push_back(request);
     submitted_++;
     changed_.notify_all();

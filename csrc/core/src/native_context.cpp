@@ -150,12 +150,24 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
     limits_.micro_batch_size = static_cast<int>(llama_n_ubatch(context_));
     limits_.threads = llama_n_threads(context_);
     limits_.threads_batch = llama_n_threads_batch(context_);
+    if (use.routing) {
+        routing_ = std::make_unique<RoutingReader>(context_, use.routing, params.kv_unified || limits_.max_sequences == 1);
+    }
 }
 
 NativeContext::~NativeContext() {
     if (context_ != nullptr) {
         llama_free(context_);
     }
+}
+
+int NativeContext::decode(const Batch& batch) {
+    const bool traced = routing_ && routing_->begin();
+    const int status = llama_decode(context_, batch.get());
+    if (traced) {
+        routing_->end(batch.rows(), status == 0);
+    }
+    return status;
 }
 
 void NativeContext::abandon() {
@@ -224,6 +236,7 @@ Batch::Batch(int capacity) {
     counts_.assign(size, 1);
     sequences_.resize(size);
     outputs_.resize(size);
+    requests_.resize(size);
     for (auto& sequence : sequences_) {
         sequence_pointers_.push_back(&sequence);
     }
@@ -234,12 +247,21 @@ Batch::Batch(int capacity) {
     batch_.logits = outputs_.data();
 }
 
-void Batch::add(std::int32_t token, int position, int sequence, bool output) {
+void Batch::add(std::int32_t token, int position, int sequence, bool output, std::int64_t request) {
     const auto i = static_cast<std::size_t>(batch_.n_tokens++);
     tokens_[i] = token;
     positions_[i] = position;
     sequences_[i] = sequence;
     outputs_[i] = output ? 1 : 0;
+    requests_[i] = request;
+}
+
+std::vector<BatchRow> Batch::rows() const {
+    std::vector<BatchRow> rows;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(batch_.n_tokens); i++) {
+        rows.push_back({{tokens_[i], positions_[i], sequences_[i], requests_[i]}, outputs_[i] != 0});
+    }
+    return rows;
 }
 
 void Batch::add_output_to_wait_for() {

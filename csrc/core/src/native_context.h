@@ -8,7 +8,9 @@
 #include "llama.h"
 #include "llama_moe/context.h"
 #include "llama_moe/memory.h"
+#include "llama_moe/routing.h"
 #include "loaded_model.h"
+#include "routing_reader.h"
 
 namespace llama_moe {
 
@@ -16,7 +18,10 @@ namespace llama_moe {
 struct NativeContextUse {
     int max_outputs = 0;   // rows of logits of one call at the most, which bounds a buffer; 0: batch_size
     int context_pool = 0;  // tokens that all sequences share; 0: a buffer of context_size for each
+    std::shared_ptr<RoutingHub> routing = nullptr;  // whose traces see what is computed; none: nobody's
 };
+
+class Batch;
 
 // Owns a llama_context and keeps its model. Made, used and destroyed inside a NativeScope.
 class NativeContext {
@@ -35,6 +40,9 @@ class NativeContext {
     std::vector<BreakdownRow> breakdown() const;
     std::vector<MemoryRow> memory_rows() const;
 
+    // llama_decode, traced if there are traces. Returns its status.
+    int decode(const Batch& batch);
+
     // After an exception was thrown through llama.cpp nothing may touch the context again, not even to free it.
     void abandon();
 
@@ -46,6 +54,7 @@ class NativeContext {
     std::function<bool()> should_abort_;
     llama_context* context_ = nullptr;
     ContextLimits limits_{};
+    std::unique_ptr<RoutingReader> routing_;
 };
 
 // The tokens of one llama_decode call; every token belongs to one sequence.
@@ -53,12 +62,13 @@ class Batch {
    public:
     explicit Batch(int capacity);
     void clear() { batch_.n_tokens = 0; }
-    void add(std::int32_t token, int position, int sequence, bool output);
+    void add(std::int32_t token, int position, int sequence, bool output, std::int64_t request = -1);
     int size() const { return batch_.n_tokens; }
     // Wants the last token's logits where no others are wanted. A remote worker is known to be done when something is read back from it:
     // without that, calls would pile up there, and neither Ctrl-C nor close() could do anything about them.
     void add_output_to_wait_for();
     const llama_batch& get() const { return batch_; }
+    std::vector<BatchRow> rows() const;
 
    private:
     std::vector<std::int32_t> tokens_;
@@ -67,6 +77,7 @@ class Batch {
     std::vector<llama_seq_id> sequences_;
     std::vector<llama_seq_id*> sequence_pointers_;
     std::vector<std::int8_t> outputs_;
+    std::vector<std::int64_t> requests_;
     llama_batch batch_{};
 };
 

@@ -18,13 +18,13 @@ int score_rows(const LoadedModel& model) {
 }  // namespace
 
 NativeDecoder::NativeDecoder(std::shared_ptr<LoadedModel> model, std::shared_ptr<LoadedModel> draft_model, const EngineOptions& options,
-                             const std::function<bool()>& should_abort)
+                             std::shared_ptr<RoutingHub> routing, const std::function<bool()>& should_abort)
     : should_abort_(should_abort),
       max_draft_(options.draft_tokens),
       max_outputs_(std::min(options.batch_size, options.max_sequences * (1 + options.draft_tokens) + score_rows(*model))),
       can_truncate_(takes_back_tokens(*model)),
       shares_cells_(options.context_pool > 0),
-      context_(model, options, {max_outputs_, options.context_pool}, should_abort),
+      context_(model, options, {max_outputs_, options.context_pool, std::move(routing)}, should_abort),
       batch_(context_.limits().batch_size) {
     if (options.draft_tokens > 0) {
         if (!can_truncate_) {
@@ -45,11 +45,11 @@ DecodeStatus NativeDecoder::decode(const std::vector<BatchToken>& batch, bool em
     }
     batch_.clear();
     for (const auto& token : batch) {
-        batch_.add(token.token, token.position, token.sequence, token.output);
+        batch_.add(token.token, token.position, token.sequence, token.output, token.request);
     }
     batch_.add_output_to_wait_for();
     const ExpectedFailure quiet(should_abort_);
-    const int status = llama_decode(context_.get(), batch_.get());
+    const int status = context_.decode(batch_);
     if (status != 0) {
         return status == 1 ? DecodeStatus::full : status == 2 ? DecodeStatus::aborted : DecodeStatus::failed;
     }

@@ -14,7 +14,7 @@ namespace llama_moe {
 class NativeDecoder : public Decoder {
    public:
     NativeDecoder(std::shared_ptr<LoadedModel> model, std::shared_ptr<LoadedModel> draft_model, const EngineOptions& options,
-                  const std::function<bool()>& should_abort);
+                  std::shared_ptr<RoutingHub> routing, const std::function<bool()>& should_abort);
 
     const ContextLimits& limits() const override { return context_.limits(); }
     int max_outputs() const override { return max_outputs_; }

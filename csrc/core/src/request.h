@@ -43,6 +43,7 @@ struct Request {
     std::atomic<int> generated{0};
     std::atomic<int> cached_tokens{0};  // of the prompt: not computed again
     std::uint64_t order = 0;            // of admission
+    std::int64_t number = -1;           // how many were submitted before
     std::atomic<Clock::time_point> started{};
     std::atomic<Clock::time_point> first_token{};
     std::deque<std::pair<std::size_t, SampledLogprobs>> sampled_logprobs;  // of tokens whose text is still held back

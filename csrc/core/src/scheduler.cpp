@@ -361,10 +361,10 @@ void Scheduler::add_to_batch(std::size_t index) {
     std::size_t at = slot.cached.size();
     for (int k = 0; k < slot.count; k++, at++) {
         const bool output = request.kind == RequestKind::score || (request.kind == RequestKind::generate && at + 1 == request.tokens.size());
-        batch_.push_back({request.tokens[at], static_cast<int>(at), sequence, output});
+        batch_.push_back({request.tokens[at], static_cast<int>(at), sequence, output, request.number});
     }
     for (const auto token : slot.draft) {
-        batch_.push_back({token, static_cast<int>(at++), sequence, true});
+        batch_.push_back({token, static_cast<int>(at++), sequence, true, request.number});
     }
     in_batch_.push_back(&request);
 }

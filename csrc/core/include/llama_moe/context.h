@@ -9,6 +9,7 @@
 
 #include "llama_moe/memory.h"
 #include "llama_moe/model.h"
+#include "llama_moe/routing.h"
 #include "llama_moe/wait.h"
 
 namespace llama_moe {
@@ -75,6 +76,10 @@ class Context : public ModelUser {
     std::vector<BreakdownRow> breakdown(const Poll& poll = {});
     const ContextLimits& limits() const { return limits_; }
 
+    // Counts, from the next batch on, which experts the model's routers choose.
+    std::shared_ptr<RoutingTrace> start_trace(const TraceOptions& options);
+    void end_trace(const std::shared_ptr<RoutingTrace>& trace);
+
     void close() override;
     bool closed() const;
 
@@ -85,6 +90,7 @@ class Context : public ModelUser {
     void check_sequence(int sequence, bool allow_all) const;
 
     std::shared_ptr<State> state_;
+    std::shared_ptr<RoutingHub> routing_;
     ContextLimits limits_{};
 };
 

@@ -11,6 +11,7 @@
 #include "llama_moe/context.h"
 #include "llama_moe/model.h"
 #include "llama_moe/notifier.h"
+#include "llama_moe/routing.h"
 #include "llama_moe/sampling.h"
 #include "llama_moe/wait.h"
 
@@ -155,6 +156,10 @@ class Engine : public ModelUser {
     const ContextLimits& limits() const { return limits_; }
     int embedding_size() const;
 
+    // Counts, from the next batch on, which experts the model's routers choose. A draft model's are not counted.
+    std::shared_ptr<RoutingTrace> start_trace(const TraceOptions& options);
+    void end_trace(const std::shared_ptr<RoutingTrace>& trace);
+
     // Cancels what runs and waits for the engine's thread. Idempotent.
     void close() override;
     bool closed() const;
@@ -170,6 +175,7 @@ class Engine : public ModelUser {
     std::shared_ptr<Model> model_;
     std::shared_ptr<Model> draft_model_;
     std::shared_ptr<EngineCore> core_;
+    std::shared_ptr<RoutingHub> routing_;
     EngineOptions options_;
     ContextLimits limits_{};
 };

@@ -1,0 +1,118 @@
+"""`llama-moe trace`: which experts a text uses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+import llama_moe
+from llama_moe import ExpertPlacement, SamplingParams
+from llama_moe._table import columns
+from llama_moe.errors import InvalidOptionError
+
+from .console import note, progress, text_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from llama_moe import CacheSimulation, Engine, RoutingTrace
+    from llama_moe.routing_cache import CachePolicy
+
+_POLICIES: tuple[CachePolicy, ...] = ("lru", "lfu", "static")
+
+
+def trace_model(
+    model: Path,
+    *,
+    file: Path | None,
+    prompt: str | None,
+    generate: int | None,
+    experts: ExpertPlacement,
+    rpc: Sequence[str],
+    context_size: int,
+    threads: int | None,
+    repack: bool,
+    cache_slots: Sequence[int],
+    heatmap: Path | None,
+    save: Path | None,
+    as_json: bool,
+) -> None:
+    """Computes a text and the continuation of a prompt, and writes what the routers chose."""
+    text = None if file is None else text_of(file, "--file")
+    if text is None and prompt is None:
+        raise typer.BadParameter("there is nothing to compute; give a text, a prompt or both", param_hint="--file and --prompt")
+    if generate is not None and prompt is None:
+        raise typer.BadParameter("only a prompt is continued; give one with --prompt", param_hint="--generate")
+    for endpoint in rpc:
+        llama_moe.add_rpc_device(endpoint)
+    with (
+        progress("Loading") as on_progress,
+        llama_moe.load(
+            model, experts=experts, context_size=context_size, threads=threads, repack=repack, on_progress=on_progress
+        ) as engine,
+    ):
+        with engine.trace_routing(choices=bool(cache_slots) or save is not None) as routing:
+            if text is not None:
+                _read(engine, text)
+            if prompt is not None:
+                completion = engine.generate(prompt, SamplingParams(max_tokens=128 if generate is None else generate, temperature=0))
+                note(f"{prompt}{completion.text}")
+        caches = [routing.simulate_cache(slots, policy) for slots in cache_slots for policy in _POLICIES]
+    if save is not None:
+        routing.save(save)
+    if heatmap is not None:
+        try:
+            routing.plot(heatmap)
+        except ImportError as error:
+            raise InvalidOptionError(f"--heatmap: {error}") from None
+    if as_json:
+        typer.echo(json.dumps(routing.to_dict() | {"caches": [asdict(cache) | {"hit_rate": cache.hit_rate} for cache in caches]}, indent=2))
+    else:
+        typer.echo(_report(routing, caches))
+
+
+def _read(engine: Engine, text: str) -> None:
+    """Computes a text, in pieces that fit the context, all layers for each token."""
+    tokens = engine.model.tokenize(text)
+    if len(tokens) < 2:
+        raise InvalidOptionError(f"the text has {len(tokens)} tokens; it must have 2 or more")
+    # A score needs nothing after its last token, so that one begins the next piece.
+    step = engine.context_size - 1
+    for begin in range(0, len(tokens) - 1, step):
+        engine.score(tokens[begin : begin + step + 1])
+
+
+def _report(routing: RoutingTrace, caches: Sequence[CacheSimulation]) -> str:
+    layers = routing.by_layer(top=4)
+    rows = [("layer", "tokens", "most used experts", "unused", "entropy", "variation")]
+    rows += [
+        (
+            str(layer.layer),
+            f"{layer.tokens:,}",
+            ", ".join(f"{expert} ({share:.1%})" for expert, share in layer.top),
+            str(layer.unused),
+            f"{layer.entropy:.3f}",
+            f"{layer.variation:.3f}",
+        )
+        for layer in layers
+    ]
+    uniform = routing.experts_used / routing.expert_count
+    experts = f"{routing.experts_used} of {routing.expert_count} experts each"
+    parts = [
+        f"{routing.tokens:,} tokens, {experts}; used alike, each would compute {uniform:.1%} of the tokens",
+        columns(rows, right=(0, 1, 3, 4, 5)),
+    ]
+    if caches:
+        total = len(routing.layers) * routing.expert_count
+        found = [("cache slots", "of all experts", *_POLICIES)]
+        by_slots = {slots: {cache.policy: cache for cache in caches if cache.slots == slots} for slots in {c.slots: None for c in caches}}
+        found += [
+            (str(slots), f"{slots / total:.1%}", *(f"{of_policy[policy].hit_rate:.1%}" for policy in _POLICIES))
+            for slots, of_policy in by_slots.items()
+        ]
+        parts.append("Hit rates of a cache that all layers share:\n" + columns(found, right=range(5)))
+    return "\n\n".join(parts)
