@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .benchmark_report import BenchmarkReport, BenchmarkRow
     from .benchmarking import benchmark
     from .quality import Quality, QualityReport, compare
+    from .quantization import QuantizedTensor, QuantizeReport, quantization_types, quantize, tensor_types
     from .routing import LayerRouting, RoutingTrace
     from .routing_cache import CacheSimulation
 
@@ -78,6 +79,8 @@ __all__ = [
     "Prompt",
     "Quality",
     "QualityReport",
+    "QuantizeReport",
+    "QuantizedTensor",
     "RoutingTrace",
     "SamplingParams",
     "Score",
@@ -99,6 +102,9 @@ __all__ = [
     "errors",
     "inspect",
     "load",
+    "quantization_types",
+    "quantize",
+    "tensor_types",
 ]
 
 # What few need, by its module: asyncio alone takes longer to import than this package.
@@ -111,9 +117,14 @@ _LATE = {
     "LayerRouting": "routing",
     "Quality": "quality",
     "QualityReport": "quality",
+    "QuantizeReport": "quantization",
+    "QuantizedTensor": "quantization",
     "RoutingTrace": "routing",
     "benchmark": "benchmarking",
     "compare": "quality",
+    "quantization_types": "quantization",
+    "quantize": "quantization",
+    "tensor_types": "quantization",
 }
 
 _logging.connect()

@@ -16,6 +16,7 @@ __all__ = [
     "LlamaMoeError",
     "ModelLoadError",
     "PlacementError",
+    "QuantizeError",
     "QueueFullError",
     "RequestTimeoutError",
 ]
@@ -43,6 +44,10 @@ class ContextFullError(LlamaMoeError):
 
 class DecodeError(LlamaMoeError):
     """Computing a batch failed."""
+
+
+class QuantizeError(LlamaMoeError):
+    """A tensor cannot be quantised: it has values that are not finite, or a type that cannot be converted."""
 
 
 class QueueFullError(LlamaMoeError):

@@ -37,6 +37,7 @@ void bind_sampling(py::module_& m);
 void bind_notifier(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_chat(py::module_& m);
+void bind_quantize(py::module_& m);
 
 // Hands queued log lines to the sink. Needs the GIL.
 void drain_logs();

@@ -39,6 +39,10 @@ void bind_errors(py::module_& /*m*/) {
             raise(kErrors, "InvalidOptionError", e.what());
         } catch (const FileNotFoundError& e) {
             raise("builtins", "FileNotFoundError", e.what());
+        } catch (const QuantizeError& e) {
+            raise(kErrors, "QuantizeError", e.what());
+        } catch (const FileError& e) {
+            PyErr_SetObject(PyExc_OSError, py::make_tuple(e.code(), e.what()).ptr());
         } catch (const Error& e) {
             raise(kErrors, "LlamaMoeError", e.what());
         }

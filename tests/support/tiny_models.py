@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from tests.support.vocabularies import VOCABULARIES, Vocabulary, add_vocabulary
 
-__all__ = ["ARCHITECTURES", "DENSE", "MODELS", "TinyModel", "write_tiny_model"]
+__all__ = ["ARCHITECTURES", "DENSE", "MODELS", "Tensor", "TinyModel", "add_header", "tensors_of", "write_tiny_model"]
 
 Floats = npt.NDArray[np.float32]
 Attention = Literal["grouped", "latent"]
@@ -72,9 +72,12 @@ class TinyModel:
     """ggml type of all matrices but the experts' and the router's (which is F32)."""
     expert_weights: str = "F16"
     vocabulary: Vocabulary = "bpe"
+    tokens: int = 0
+    """Size of the vocabulary; 0: as many as it takes to write any text."""
     pre_tokenizer: str = "default"
     chat_template: str | None = None
     context_length: int = 1024
+    rope_base: float = 10000.0
     metadata: Mapping[str, int | float | bool] = field(default_factory=dict)
     """Further keys, without the architecture's prefix."""
 
@@ -85,12 +88,12 @@ class TinyModel:
 
     @property
     def vocab_size(self) -> int:
-        return len(VOCABULARIES[self.vocabulary])
+        return self.tokens or len(VOCABULARIES[self.vocabulary])
 
     @property
     def expert_tensors(self) -> tuple[str, ...]:
         """Names of all tensors that belong to experts, biases included, layer by layer."""
-        return tuple(tensor.name for tensor in _tensors(self) if tensor.experts)
+        return tuple(tensor.name for tensor in tensors_of(self) if tensor.experts)
 
 
 # ---- the models
@@ -251,8 +254,7 @@ def write_tiny_model(path: str | os.PathLike[str], architecture: str, *, seed: i
     target = Path(path)
     writer = gguf.GGUFWriter(None, model.architecture)
     try:
-        _add_metadata(writer, model)
-        add_vocabulary(writer, model.vocabulary, pre_tokenizer=model.pre_tokenizer, chat_template=model.chat_template)
+        add_header(writer, model)
         _add_tensors(writer, model, seed)
         writer.open_output_file(target)
         writer.write_header_to_file()
@@ -266,8 +268,14 @@ def write_tiny_model(path: str | os.PathLike[str], architecture: str, *, seed: i
 # ---- metadata
 
 
+def add_header(writer: gguf.GGUFWriter, model: TinyModel) -> None:
+    """Adds the metadata and the tokenizer of a model."""
+    _add_metadata(writer, model)
+    add_vocabulary(writer, model.vocabulary, size=model.tokens, pre_tokenizer=model.pre_tokenizer, chat_template=model.chat_template)
+
+
 def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
-    writer.add_name(f"tiny {model.name}")
+    writer.add_name(model.name if model.tokens else f"tiny {model.name}")
     writer.add_context_length(model.context_length)
     writer.add_embedding_length(model.embedding)
     writer.add_block_count(model.layers)
@@ -275,7 +283,7 @@ def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
     writer.add_head_count_kv(model.kv_heads)
     writer.add_vocab_size(model.vocab_size)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(model.rope_base)
     # Architectures without a width of their own for experts take this one.
     own_width = "expert_feed_forward_length" in model.metadata or not model.experts
     writer.add_feed_forward_length(model.feed_forward if own_width else model.expert_feed_forward)
@@ -296,7 +304,9 @@ def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel) -> None:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
+    """One tensor to write."""
+
     name: str
     shape: tuple[int, ...]
     """As numpy has it: the input dimension last."""
@@ -308,10 +318,11 @@ class _Tensor:
     is_vector: bool = False
 
 
-def _tensors(model: TinyModel) -> Iterator[_Tensor]:
+def tensors_of(model: TinyModel) -> Iterator[Tensor]:
+    """The tensors of a model, in the order of its file."""
     vocab, width = model.vocab_size, model.embedding
     # With a tied embedding the logits are as large as the embedding's rows are long.
-    yield _Tensor("token_embd.weight", (vocab, width), model.weights, gain=math.sqrt(width) * (0.3 if model.tied_embedding else 1.0))
+    yield Tensor("token_embd.weight", (vocab, width), model.weights, gain=math.sqrt(width) * (0.3 if model.tied_embedding else 1.0))
     if model.rope_factors:
         yield _vector("rope_factors_long.weight", model.head_size // 2, mean=4.0, gain=0.5)
         yield _vector("rope_factors_short.weight", model.head_size // 2, mean=1.0, gain=0.02)
@@ -323,60 +334,60 @@ def _tensors(model: TinyModel) -> Iterator[_Tensor]:
         yield from _expert_block(model, prefix) if layer in model.moe_layers else _feed_forward(model, prefix, "", model.feed_forward)
     yield from _norm(model, "output_norm", width)
     if not model.tied_embedding:
-        yield _Tensor("output.weight", (vocab, width), model.weights, gain=2.5)
+        yield Tensor("output.weight", (vocab, width), model.weights, gain=2.5)
     if model.norm_bias:
         yield _vector("output.bias", vocab)
 
 
-def _vector(name: str, size: int, *, mean: float = 0.0, gain: float = 0.1) -> _Tensor:
-    return _Tensor(name, (size,), mean=mean, gain=gain, is_vector=True)
+def _vector(name: str, size: int, *, mean: float = 0.0, gain: float = 0.1) -> Tensor:
+    return Tensor(name, (size,), mean=mean, gain=gain, is_vector=True)
 
 
-def _norm(model: TinyModel, name: str, size: int) -> Iterator[_Tensor]:
+def _norm(model: TinyModel, name: str, size: int) -> Iterator[Tensor]:
     yield _vector(f"{name}.weight", size, mean=1.0)
     if model.norm_bias:
         yield _vector(f"{name}.bias", size)
 
 
-def _grouped_attention(model: TinyModel, prefix: str) -> Iterator[_Tensor]:
+def _grouped_attention(model: TinyModel, prefix: str) -> Iterator[Tensor]:
     width = model.embedding
     sizes = {"q": model.heads * model.head_size, "k": model.kv_heads * model.head_size, "v": model.kv_heads * model.head_size}
     for part, size in sizes.items():
-        yield _Tensor(f"{prefix}.attn_{part}.weight", (size, width), model.weights, gain=1.5)
+        yield Tensor(f"{prefix}.attn_{part}.weight", (size, width), model.weights, gain=1.5)
         if model.qkv_bias:
             yield _vector(f"{prefix}.attn_{part}.bias", size)
         if model.qk_norm and part != "v":
             yield _vector(f"{prefix}.attn_{part}_norm.weight", size if model.qk_norm == "all" else model.head_size, mean=1.2)
-    yield _Tensor(f"{prefix}.attn_output.weight", (width, sizes["q"]), model.weights)
+    yield Tensor(f"{prefix}.attn_output.weight", (width, sizes["q"]), model.weights)
     if model.output_bias:
         yield _vector(f"{prefix}.attn_output.bias", width)
     if model.sinks:
         yield _vector(f"{prefix}.attn_sinks.weight", model.heads, gain=1.0)
 
 
-def _latent_attention(model: TinyModel, prefix: str) -> Iterator[_Tensor]:
+def _latent_attention(model: TinyModel, prefix: str) -> Iterator[Tensor]:
     """DeepSeek-V2's attention: keys and values of all heads come from one latent vector a token."""
     width, heads, head = model.embedding, model.heads, model.head_size
-    yield _Tensor(f"{prefix}.attn_q_a.weight", (_LATENT_QUERY_RANK, width), model.weights)
+    yield Tensor(f"{prefix}.attn_q_a.weight", (_LATENT_QUERY_RANK, width), model.weights)
     yield _vector(f"{prefix}.attn_q_a_norm.weight", _LATENT_QUERY_RANK, mean=1.0)
-    yield _Tensor(f"{prefix}.attn_q_b.weight", (heads * (head + _LATENT_ROPE), _LATENT_QUERY_RANK), model.weights, gain=1.5)
-    yield _Tensor(f"{prefix}.attn_kv_a_mqa.weight", (_LATENT_RANK + _LATENT_ROPE, width), model.weights, gain=1.5)
+    yield Tensor(f"{prefix}.attn_q_b.weight", (heads * (head + _LATENT_ROPE), _LATENT_QUERY_RANK), model.weights, gain=1.5)
+    yield Tensor(f"{prefix}.attn_kv_a_mqa.weight", (_LATENT_RANK + _LATENT_ROPE, width), model.weights, gain=1.5)
     yield _vector(f"{prefix}.attn_kv_a_norm.weight", _LATENT_RANK, mean=1.0)
-    yield _Tensor(f"{prefix}.attn_k_b.weight", (heads, _LATENT_RANK, head), model.weights)
-    yield _Tensor(f"{prefix}.attn_v_b.weight", (heads, head, _LATENT_RANK), model.weights)
-    yield _Tensor(f"{prefix}.attn_output.weight", (width, heads * head), model.weights)
+    yield Tensor(f"{prefix}.attn_k_b.weight", (heads, _LATENT_RANK, head), model.weights)
+    yield Tensor(f"{prefix}.attn_v_b.weight", (heads, head, _LATENT_RANK), model.weights)
+    yield Tensor(f"{prefix}.attn_output.weight", (width, heads * head), model.weights)
 
 
-def _feed_forward(model: TinyModel, prefix: str, suffix: str, hidden: int) -> Iterator[_Tensor]:
+def _feed_forward(model: TinyModel, prefix: str, suffix: str, hidden: int) -> Iterator[Tensor]:
     width = model.embedding
-    yield _Tensor(f"{prefix}.ffn_gate{suffix}.weight", (hidden, width), model.weights)
-    yield _Tensor(f"{prefix}.ffn_up{suffix}.weight", (hidden, width), model.weights)
-    yield _Tensor(f"{prefix}.ffn_down{suffix}.weight", (width, hidden), model.weights, gain=2.0)
+    yield Tensor(f"{prefix}.ffn_gate{suffix}.weight", (hidden, width), model.weights)
+    yield Tensor(f"{prefix}.ffn_up{suffix}.weight", (hidden, width), model.weights)
+    yield Tensor(f"{prefix}.ffn_down{suffix}.weight", (width, hidden), model.weights, gain=2.0)
 
 
-def _expert_block(model: TinyModel, prefix: str) -> Iterator[_Tensor]:
+def _expert_block(model: TinyModel, prefix: str) -> Iterator[Tensor]:
     width, experts = model.embedding, model.experts
-    yield _Tensor(f"{prefix}.ffn_gate_inp.weight", (experts, width))
+    yield Tensor(f"{prefix}.ffn_gate_inp.weight", (experts, width))
     if model.expert_bias:
         yield _vector(f"{prefix}.ffn_gate_inp.bias", experts)
     if model.selection_bias:
@@ -390,21 +401,21 @@ def _expert_block(model: TinyModel, prefix: str) -> Iterator[_Tensor]:
         yield from _feed_forward(model, prefix, "_shexp", model.shared_feed_forward)
 
 
-def _experts(model: TinyModel, prefix: str, suffix: str, experts: int, hidden: int) -> Iterator[_Tensor]:
+def _experts(model: TinyModel, prefix: str, suffix: str, experts: int, hidden: int) -> Iterator[Tensor]:
     width = model.embedding
     rows = {"gate_up": 2 * hidden} if model.merged_gate_up else {"gate": hidden, "up": hidden}
     for part, size in {**rows, "down": width}.items():
         columns, gain = (hidden, 2.0) if part == "down" else (width, 1.0)
         name = f"{prefix}.ffn_{part}_{suffix}"
-        yield _Tensor(f"{name}.weight", (experts, size, columns), model.expert_weights, gain=gain, experts=True)
+        yield Tensor(f"{name}.weight", (experts, size, columns), model.expert_weights, gain=gain, experts=True)
         if model.expert_bias:
-            yield _Tensor(f"{name}.bias", (experts, size), gain=0.1, experts=True, is_vector=True)
+            yield Tensor(f"{name}.bias", (experts, size), gain=0.1, experts=True, is_vector=True)
 
 
 def _add_tensors(writer: gguf.GGUFWriter, model: TinyModel, seed: int) -> None:
     generator = np.random.default_rng([seed, zlib.crc32(model.name.encode())])
     loudness = np.array([token.loudness for token in VOCABULARIES[model.vocabulary]], dtype=np.float32)
-    for tensor in _tensors(model):
+    for tensor in tensors_of(model):
         scale = tensor.gain if tensor.is_vector else tensor.gain / math.sqrt(tensor.shape[-1])
         values: Floats = generator.standard_normal(tensor.shape, dtype=np.float32) * np.float32(scale) + np.float32(tensor.mean)
         if tensor.name == "output.weight" or (tensor.name == "token_embd.weight" and model.tied_embedding):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -66,16 +68,33 @@ def _padded(tokens: tuple[Token, ...]) -> tuple[Token, ...]:
 VOCABULARIES: Mapping[Vocabulary, tuple[Token, ...]] = {"bpe": _byte_pair_tokens(), "spm": _sentencepiece_tokens()}
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, kind: Vocabulary, *, pre_tokenizer: str = "default", chat_template: str | None = None) -> None:
-    """Adds a tokenizer to a file. With a chat template, ``<|im_end|>`` ends a turn and no token starts a text."""
-    tokens = VOCABULARIES[kind]
+@functools.cache
+def _words(kind: Vocabulary, count: int) -> tuple[str, ...]:
+    """Words for a larger vocabulary: combinations of letters, of which each is a shorter one and a letter."""
+    known = {token.text for token in VOCABULARIES[kind]}
+    combinations = ("".join(letters) for size in (2, 3, 4) for letters in itertools.product(string.ascii_lowercase, repeat=size))
+    return tuple(itertools.islice((word for word in combinations if word not in known), count))
+
+
+def add_vocabulary(
+    writer: gguf.GGUFWriter, kind: Vocabulary, *, size: int = 0, pre_tokenizer: str = "default", chat_template: str | None = None
+) -> None:
+    """Adds a tokenizer to a file. With a chat template, ``<|im_end|>`` ends a turn and no token starts a text.
+
+    A `size` makes it that large, with words made of letters after the other tokens.
+    """
+    # llama.cpp looks for this token in models that are named Phi-3, whose vocabulary is the SentencePiece one and some control tokens.
+    further = (Token("<|endoftext|>", gguf.TokenType.CONTROL, _SILENT),) if size and kind == "spm" else ()
+    words = _words(kind, size - len(VOCABULARIES[kind]) - len(further)) if size else ()
+    tokens = VOCABULARIES[kind] + further + tuple(Token(word) for word in words)
     ids = {token.text: index for index, token in enumerate(tokens)}
     writer.add_token_list([token.text for token in tokens])
     writer.add_token_types([int(token.type) for token in tokens])
     if kind == "bpe":
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre_tokenizer)
-        writer.add_token_merges([merge.replace("▁", _ALPHABET[0x20]) for merge in _MERGES])
+        merges = [merge.replace("▁", _ALPHABET[0x20]) for merge in _MERGES]
+        writer.add_token_merges(merges + [f"{word[:-1]} {word[-1]}" for word in words])
         writer.add_bos_token_id(ids["<|endoftext|>"])
         writer.add_eos_token_id(ids["<|im_end|>" if chat_template else "<|endoftext|>"])
         writer.add_add_bos_token(chat_template is None)

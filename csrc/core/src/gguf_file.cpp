@@ -9,6 +9,7 @@
 
 #include "ggml.h"
 #include "gguf.h"
+#include "gguf_ptr.h"
 #include "llama.h"
 #include "llama_moe/device.h"
 #include "llama_moe/error.h"
@@ -26,16 +27,6 @@ constexpr std::size_t kMaxMetadataArray = 1024;
 // What llama.cpp has arrays for (llama-hparams.h).
 constexpr int kMaxLayers = 512;
 constexpr int kMaxExperts = 1024;
-
-struct GgufDeleter {
-    void operator()(gguf_context* context) const { gguf_free(context); }
-};
-using GgufPtr = std::unique_ptr<gguf_context, GgufDeleter>;
-
-struct GgmlDeleter {
-    void operator()(ggml_context* context) const { ggml_free(context); }
-};
-using GgmlPtr = std::unique_ptr<ggml_context, GgmlDeleter>;
 
 template <typename T>
 MetadataValue element(gguf_type type, const T* data, std::size_t i) {
@@ -126,41 +117,15 @@ int tensor_layer(const std::string& name) {
     return valid ? std::stoi(number) : -1;
 }
 
-// What llama.cpp would abort on or explain badly.
-std::uint64_t check_file(const std::string& path) {
-    std::error_code error;
-    const fs::file_status status = fs::status(path, error);
-    if (!fs::exists(status)) {
-        throw FileNotFoundError("no such file: '" + path + "'");
-    }
-    if (fs::is_directory(status)) {
-        throw ModelLoadError("'" + path + "' is a directory; a GGUF file is needed");
-    }
-    if (!fs::is_regular_file(status)) {  // opening a pipe would wait for a writer
-        throw ModelLoadError("'" + path + "' is not a regular file; a GGUF file is needed");
-    }
-    const std::uint64_t size = fs::file_size(path, error);
-    std::ifstream file(path, std::ios::binary);
-    char magic[4] = {};
-    if (error || !file || (size >= 4 && !file.read(magic, 4))) {
-        throw ModelLoadError("cannot read '" + path + "': " + std::strerror(errno));
-    }
-    if (std::memcmp(magic, "GGUF", 4) != 0) {
-        throw ModelLoadError("'" + path + "' is not a GGUF file: it does not start with the magic \"GGUF\"");
-    }
-    return size;
-}
-
-void add_tensors(GgufInfo& info, const gguf_context* gguf, const std::string& path, std::uint64_t file_size) {
+void add_tensors(GgufInfo& info, const gguf_context* gguf, const std::string& path, std::uint64_t file_size,
+                 std::size_t file) {
     const std::uint64_t data_start = gguf_get_data_offset(gguf);
     for (std::int64_t i = 0; i < gguf_get_n_tensors(gguf); i++) {
         TensorInfo tensor;
         tensor.name = gguf_get_tensor_name(gguf, i);
         const ggml_type type = gguf_get_tensor_type(gguf, i);
         tensor.type_id = type;
-        tensor.type = ggml_type_name(type);
-        std::transform(tensor.type.begin(), tensor.type.end(), tensor.type.begin(),
-                       [](unsigned char c) { return static_cast<char>(std::toupper(c)); });
+        tensor.type = type_name(type);
         tensor.bytes = gguf_get_tensor_size(gguf, i);
         tensor.role = tensor_role(tensor.name);
         tensor.layer = tensor_layer(tensor.name);
@@ -174,7 +139,9 @@ void add_tensors(GgufInfo& info, const gguf_context* gguf, const std::string& pa
         for (const auto extent : tensor.shape) {
             elements *= static_cast<std::uint64_t>(extent);
         }
-        const std::uint64_t end = data_start + gguf_get_tensor_offset(gguf, i) + tensor.bytes;
+        tensor.file = file;
+        tensor.offset = data_start + gguf_get_tensor_offset(gguf, i);
+        const std::uint64_t end = tensor.offset + tensor.bytes;
         if (end > file_size) {
             throw ModelLoadError("'" + path + "' is truncated: tensor '" + tensor.name + "' ends at byte " + std::to_string(end) +
                                  ", the file has " + std::to_string(file_size));
@@ -183,18 +150,6 @@ void add_tensors(GgufInfo& info, const gguf_context* gguf, const std::string& pa
         info.size_bytes += tensor.bytes;
         info.tensors.push_back(std::move(tensor));
     }
-}
-
-GgufPtr open_header(const std::string& path) {
-    ErrorLog errors;
-    ggml_context* meta = nullptr;
-    gguf_init_params params{/*no_alloc=*/true, /*ctx=*/&meta};
-    GgufPtr gguf(gguf_init_from_file(path.c_str(), params));
-    const GgmlPtr owner(meta);
-    if (!gguf) {
-        throw ModelLoadError("'" + path + "' has a corrupted or truncated GGUF header: " + errors.text("unknown reason"));
-    }
-    return gguf;
 }
 
 std::vector<std::string> split_files(const std::string& path, const GgufInfo& info) {
@@ -240,20 +195,20 @@ void check_heads(const GgufInfo& info) {
 GgufInfo read_header(const std::string& path) {
     GgufInfo info;
     info.path = path;
-    const std::uint64_t size = check_file(path);
+    const std::uint64_t size = check_gguf_file(path);
     {
-        const GgufPtr gguf = open_header(path);
+        const GgufPtr gguf = open_gguf(path);
         for (std::int64_t key = 0; key < gguf_get_n_kv(gguf.get()); key++) {
             if (!is_vocabulary(gguf.get(), key)) {
                 info.metadata.emplace(gguf_get_key(gguf.get(), key), read_value(gguf.get(), key));
             }
         }
-        add_tensors(info, gguf.get(), path, size);
+        add_tensors(info, gguf.get(), path, size, 0);
     }
     info.files = split_files(path, info);
     for (std::size_t i = 1; i < info.files.size(); i++) {
-        const std::uint64_t part_size = check_file(info.files[i]);
-        add_tensors(info, open_header(info.files[i]).get(), info.files[i], part_size);
+        const std::uint64_t part_size = check_gguf_file(info.files[i]);
+        add_tensors(info, open_gguf(info.files[i]).get(), info.files[i], part_size, i);
     }
     const auto architecture = info.metadata.find("general.architecture");
     const auto* name = architecture == info.metadata.end() ? nullptr : std::get_if<std::string>(&architecture->second);
@@ -270,6 +225,51 @@ GgufInfo read_header(const std::string& path) {
 }
 
 }  // namespace
+
+std::uint64_t check_gguf_file(const std::string& path) {
+    std::error_code error;
+    const fs::file_status status = fs::status(path, error);
+    if (!fs::exists(status)) {
+        throw FileNotFoundError("no such file: '" + path + "'");
+    }
+    if (fs::is_directory(status)) {
+        throw ModelLoadError("'" + path + "' is a directory; a GGUF file is needed");
+    }
+    if (!fs::is_regular_file(status)) {  // opening a pipe would wait for a writer
+        throw ModelLoadError("'" + path + "' is not a regular file; a GGUF file is needed");
+    }
+    const std::uint64_t size = fs::file_size(path, error);
+    std::ifstream file(path, std::ios::binary);
+    char magic[4] = {};
+    if (error || !file || (size >= 4 && !file.read(magic, 4))) {
+        throw ModelLoadError("cannot read '" + path + "': " + std::strerror(errno));
+    }
+    if (std::memcmp(magic, "GGUF", 4) != 0) {
+        throw ModelLoadError("'" + path + "' is not a GGUF file: it does not start with the magic \"GGUF\"");
+    }
+    return size;
+}
+
+GgufPtr open_gguf(const std::string& path, GgmlPtr* with_data) {
+    ErrorLog errors;
+    ggml_context* tensors = nullptr;
+    gguf_init_params params{/*no_alloc=*/with_data == nullptr, /*ctx=*/&tensors};
+    GgufPtr gguf(gguf_init_from_file(path.c_str(), params));
+    GgmlPtr owner(tensors);
+    if (!gguf) {
+        throw ModelLoadError("'" + path + "' has a corrupted or truncated GGUF header: " + errors.text("unknown reason"));
+    }
+    if (with_data != nullptr) {
+        *with_data = std::move(owner);
+    }
+    return gguf;
+}
+
+std::string type_name(ggml_type type) {
+    std::string name = ggml_type_name(type);
+    std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return static_cast<char>(std::toupper(c)); });
+    return name;
+}
 
 const char* role_name(TensorRole role) {
     switch (role) {

@@ -29,6 +29,7 @@ LogQueue& queue() {
 std::atomic<int> g_level{static_cast<int>(LogLevel::warning)};
 std::atomic<bool> g_has_lines{false};
 thread_local ErrorLog* t_error_log = nullptr;
+thread_local LogCapture* t_capture = nullptr;
 thread_local const std::function<bool()>* t_expected_failure = nullptr;
 
 void append(LogQueue& log, int level, std::string text) {
@@ -64,6 +65,10 @@ void on_log(ggml_log_level native_level, const char* text, void* /*user_data*/) 
         std::string line(text);
         trim_newlines(line);
         t_error_log->add(line);
+    }
+    if (t_capture != nullptr) {
+        t_capture->add(text);
+        return;
     }
     const bool failure = native_level == GGML_LOG_LEVEL_ERROR || native_level == GGML_LOG_LEVEL_WARN;
     const bool expected = failure && t_expected_failure != nullptr && (*t_expected_failure)();
@@ -125,6 +130,14 @@ ErrorLog::ErrorLog() : outer_(t_error_log) {
 
 ErrorLog::~ErrorLog() {
     t_error_log = outer_;
+}
+
+LogCapture::LogCapture() {
+    t_capture = this;
+}
+
+LogCapture::~LogCapture() {
+    t_capture = nullptr;
 }
 
 ExpectedFailure::ExpectedFailure(std::function<bool()> expected) : expected_(std::move(expected)) {

@@ -54,4 +54,19 @@ class FileNotFoundError : public Error {
     using Error::Error;
 };
 
+// A tensor that cannot be quantised, such as one with values that are not finite.
+class QuantizeError : public Error {
+    using Error::Error;
+};
+
+// The system refused to read or write a file. Python's OSError.
+class FileError : public Error {
+   public:
+    FileError(int code, const std::string& message) : Error(message), code_(code) {}
+    int code() const { return code_; }  // errno
+
+   private:
+    int code_;
+};
+
 }  // namespace llama_moe

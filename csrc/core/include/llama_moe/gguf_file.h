@@ -25,6 +25,8 @@ struct TensorInfo {
     std::uint64_t bytes = 0;
     TensorRole role = TensorRole::weights;
     int layer = -1;  // -1: not of a layer
+    std::size_t file = 0;      // index in GgufInfo::files
+    std::uint64_t offset = 0;  // of its data, from the start of that file
 };
 
 // The header of a GGUF file, or of all the files of a split model. Reading it never touches the weights.

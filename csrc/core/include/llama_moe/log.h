@@ -48,6 +48,22 @@ class ErrorLog {
     ErrorLog* outer_;
 };
 
+// While alive, keeps all that llama.cpp logs on this thread, which then reaches nobody else: for what it tells in no other way.
+class LogCapture {
+   public:
+    LogCapture();
+    ~LogCapture();
+    LogCapture(const LogCapture&) = delete;
+    LogCapture& operator=(const LogCapture&) = delete;
+
+    const std::string& text() const { return text_; }
+
+    void add(const char* text) { text_ += text; }
+
+   private:
+    std::string text_;
+};
+
 // While alive, what llama.cpp logs on this thread as a warning or an error is a debug line when `expected` says that it was asked
 // to fail: a decode that we stop is no error to anybody.
 class ExpectedFailure {
