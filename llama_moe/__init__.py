@@ -44,10 +44,13 @@ if TYPE_CHECKING:
     from .aio import AsyncChatStream, AsyncTokenStream
     from .benchmark_report import BenchmarkReport, BenchmarkRow
     from .benchmarking import benchmark
+    from .profiles import Profile, TunedOptions
     from .quality import Quality, QualityReport, compare
     from .quantization import QuantizedTensor, QuantizeReport, quantization_types, quantize, tensor_types
     from .routing import LayerRouting, RoutingTrace
     from .routing_cache import CacheSimulation
+    from .tuning import tune
+    from .tuning_report import TuningReport
 
     __version__: str
 
@@ -76,6 +79,7 @@ __all__ = [
     "ModelInfo",
     "Placement",
     "Pooling",
+    "Profile",
     "Prompt",
     "Quality",
     "QualityReport",
@@ -93,6 +97,8 @@ __all__ = [
     "ToolCall",
     "ToolCallDelta",
     "ToolChoice",
+    "TunedOptions",
+    "TuningReport",
     "__version__",
     "add_rpc_device",
     "benchmark",
@@ -105,6 +111,7 @@ __all__ = [
     "quantization_types",
     "quantize",
     "tensor_types",
+    "tune",
 ]
 
 # What few need, by its module: asyncio alone takes longer to import than this package.
@@ -115,16 +122,20 @@ _LATE = {
     "BenchmarkRow": "benchmark_report",
     "CacheSimulation": "routing_cache",
     "LayerRouting": "routing",
+    "Profile": "profiles",
     "Quality": "quality",
     "QualityReport": "quality",
     "QuantizeReport": "quantization",
     "QuantizedTensor": "quantization",
     "RoutingTrace": "routing",
+    "TunedOptions": "profiles",
+    "TuningReport": "tuning_report",
     "benchmark": "benchmarking",
     "compare": "quality",
     "quantization_types": "quantization",
     "quantize": "quantization",
     "tensor_types": "quantization",
+    "tune": "tuning",
 }
 
 _logging.connect()

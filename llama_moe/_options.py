@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from . import _core
 from .errors import InvalidOptionError
@@ -11,10 +12,27 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 OptionsT = TypeVar("OptionsT")
+ValueT = TypeVar("ValueT")
+ValueT_co = TypeVar("ValueT_co", covariant=True)
 
 # Largest values of the native fields that are not 32-bit signed integers.
 _UNSIGNED = {"seed": (1 << 32) - 1, "fit_context_tokens": (1 << 64) - 1}
 _OWN_CHOICE = ("threads", "threads_batch", "context_pool")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Default(Generic[ValueT_co]):
+    """The value of an argument that its caller left alone; no caller gives one."""
+
+    value: ValueT_co
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def option_value(option: ValueT | Default[ValueT]) -> ValueT:
+    """What was given, or the default."""
+    return option.value if isinstance(option, Default) else option
 
 
 def fill(options: OptionsT, values: Mapping[str, object]) -> OptionsT:

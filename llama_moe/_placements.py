@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._sizes import format_size
+from ._sizes import format_size, parse_size
 from .errors import PlacementError
 from .placement import ExpertPlacement, as_placement
 
@@ -45,5 +45,6 @@ def placement_name(choice: PlacementLike | str) -> str:
         words = {"gpu": "gpu", "cpu": "cpu", "fit": "fit", "cpu_first": f"first:{choice.count}", "cpu_last": f"last:{choice.count}"}
         return words.get(choice.kind, repr(choice))
     if choice.vram is not None and choice == ExpertPlacement.fit(vram=choice.vram):
-        return f"fit:{format_size(choice.vram).replace(' ', '')}"
+        short = format_size(choice.vram).replace(" ", "")
+        return f"fit:{short if parse_size(short) == choice.vram else f'{choice.vram}B'}"
     return repr(choice)

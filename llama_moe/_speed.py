@@ -144,7 +144,15 @@ def tokens_needed(prompt_tokens: int, generate_tokens: int) -> int:
     return max(prompt_tokens + 1, generate_tokens + 2)
 
 
-def measure_speed(engine: Engine, *, prompt_tokens: int, generate_tokens: int, repetitions: int, seconds: float | None = None) -> Speed:
+def measure_speed(
+    engine: Engine,
+    *,
+    prompt_tokens: int,
+    generate_tokens: int,
+    repetitions: int,
+    seconds: float | None = None,
+    streams: int = 1,
+) -> Speed:
     """Measures prompts and single tokens, each after a run that warms up and does not count.
 
     Args:
@@ -154,6 +162,7 @@ def measure_speed(engine: Engine, *, prompt_tokens: int, generate_tokens: int, r
             ones: mixtures of experts are quicker at text that repeats itself. 0: none.
         repetitions: of each test.
         seconds: no further repetition of a test begins this long after its first one did; None: no limit.
+        streams: texts that are generated at once, `generate_tokens` each; their speed is that of all together.
     """
     test = _Test(engine)
     prompts: tuple[Runs, Spread] | None = None
@@ -163,8 +172,8 @@ def measure_speed(engine: Engine, *, prompt_tokens: int, generate_tokens: int, r
         samples = _repeat(lambda: test.prompt(prompt_tokens), repetitions, seconds)
         prompts = _runs((tokens, taken) for tokens, taken, _ in samples), Spread(tuple(first for _, _, first in samples))
     if generate_tokens:
-        test.decode(1)
-        decode = _runs(_repeat(lambda: test.decode(generate_tokens), repetitions, seconds))
+        test.decode(1, streams)
+        decode = _runs(_repeat(lambda: test.decode(generate_tokens, streams), repetitions, seconds))
     return Speed(prompts[0] if prompts else None, decode, prompts[1] if prompts else None)
 
 
@@ -182,13 +191,17 @@ class _Test:
         done = self._engine.generate([self._next_first(), *rest], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))
         return done.prompt_tokens - done.cached_tokens, done.timings.prompt_seconds, done.timings.time_to_first_token
 
-    def decode(self, tokens: int) -> tuple[int, float]:
-        """Tokens decoded one at a time, and the seconds that took."""
-        anything = SamplingParams(
-            max_tokens=tokens + 1, temperature=10, top_k=40, top_p=1, min_p=0, seed=self._random.randrange(1 << 32), ignore_eos=True
-        )
-        done = self._engine.generate([self._next_first()], anything)
-        return len(done.tokens) - 1, done.timings.decode_seconds
+    def decode(self, tokens: int, streams: int) -> tuple[int, float]:
+        """Tokens decoded one at a time, and the seconds from the first one of all streams to the last."""
+        anything = [
+            SamplingParams(max_tokens=tokens + 1, temperature=10, top_k=40, top_p=1, min_p=0, seed=self._seed(), ignore_eos=True)
+            for _ in range(streams)
+        ]
+        done = self._engine.generate([[self._next_first()] for _ in range(streams)], anything)
+        return sum(len(each.tokens) - 1 for each in done), max(each.timings.decode_seconds for each in done)
+
+    def _seed(self) -> int:
+        return self._random.randrange(1 << 32)
 
     def _next_first(self) -> int:
         self._first = (self._first + 1) % self._vocabulary

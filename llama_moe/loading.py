@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import _core
-from ._options import fill_context
+from ._options import Default, fill_context
+from ._tunable import Tunable, with_profile
 from .engine import Engine
 from .inspection import inspect
 from .model import Model
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Literal
 
+    from ._tunable import ProfileLike
     from .model import DevicesLike, HostMemory, StrPath
     from .placement import PlacementLike
     from .speculative import Speculative
@@ -23,34 +25,47 @@ if TYPE_CHECKING:
 def load(
     path: StrPath,
     *,
-    experts: PlacementLike = "fit",
+    experts: PlacementLike | Default[PlacementLike] = Default("fit"),
     context_size: int = 4096,
     context_pool: int | None = None,
     max_sequences: int = 1,
     max_queue: int = 1024,
     batch_size: int = 2048,
-    micro_batch_size: int = 512,
-    threads: int | None = None,
-    threads_batch: int | None = None,
+    micro_batch_size: int | Default[int] = Default(512),
+    threads: int | Default[int | None] | None = Default(None),
+    threads_batch: int | Default[int | None] | None = Default(None),
     kv_type: str = "f16",
     flash_attention: Literal["auto", "on", "off"] = "auto",
     offload_kv: bool = True,
     speculative: Speculative | None = None,
     devices: DevicesLike | None = None,
     gpu_layers: int | Literal["all"] = "all",
-    host_memory: HostMemory = "mmap",
-    repack: bool = True,
+    host_memory: HostMemory | Default[HostMemory] = Default("mmap"),
+    repack: bool | Default[bool] = Default(True),
     check_tensors: bool = False,
+    profile: ProfileLike = None,
     on_progress: Callable[[float], object] | None = None,
 ) -> Engine:
     """Loads a model and returns an engine over it; closing the engine closes the model.
 
     The arguments are those of `Model` and `Engine`, and so are the errors. `experts="fit"` leaves room for the whole KV cache.
 
+    With `profile="auto"`, those of `experts`, `micro_batch_size`, `threads`, `threads_batch`, `repack` and `host_memory` that are not given
+    are what `tune()` found best for this model, machine, `context_size` and `max_sequences`. The log says what was used, or that there is
+    no such profile and the defaults are. It can also be the path of a profile, which must be of this model, and "none", the same as None.
+
     Example:
         with llama_moe.load("model.gguf", experts="cpu") as llm:
             print(llm.generate("Hello", SamplingParams(max_tokens=16)))
     """
+    experts, micro_batch_size, threads, threads_batch, repack, host_memory = with_profile(
+        profile,
+        path,
+        Tunable(experts, micro_batch_size, threads, threads_batch, repack, host_memory),
+        devices=devices,
+        context_size=context_size,
+        max_sequences=max_sequences,
+    )
     # What is wrong with the engine's options is said before the load, which may take minutes.
     fill_context(
         _core.EngineOptions(),

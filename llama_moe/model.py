@@ -266,11 +266,12 @@ def model_options(
     )
 
 
-def resolve_placement(path: StrPath, *, experts: PlacementLike, devices: DevicesLike | None = None) -> Placement:
+def resolve_placement(
+    path: StrPath, *, experts: PlacementLike, devices: DevicesLike | None = None, fit_context_tokens: int = 0
+) -> Placement:
     """Where each tensor would go, read from the file's header; nothing is loaded."""
-    return Placement._from_native(
-        _core.resolve_placement(os.fspath(path), model_options(devices=devices), as_placement(experts)._to_native())
-    )
+    options = model_options(devices=devices, fit_context_tokens=fit_context_tokens)
+    return Placement._from_native(_core.resolve_placement(os.fspath(path), options, as_placement(experts)._to_native()))
 
 
 def _token_or_none(token: int) -> int | None:

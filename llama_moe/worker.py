@@ -72,13 +72,16 @@ def serve(endpoint: str, *, threads: int | None = None, cache_dir: str | None = 
     host, port = parse_endpoint(endpoint)
     _bound_socket(host, port).close()
     if until_stdin_closes:
-        threading.Thread(target=_exit_with_stdin, daemon=True).start()
+        threading.Thread(target=exit_with_stdin, daemon=True).start()
     _core.run_worker(f"{host}:{port}", threads or 0, cache_dir)
     raise LlamaMoeError(f"the worker on {endpoint} ended")
 
 
-def _exit_with_stdin() -> None:
-    sys.stdin.buffer.read()
+def exit_with_stdin() -> NoReturn:
+    """Ends this process when its standard input ends: with the process that holds the other end of it."""
+    # Not through sys.stdin, whose lock the interpreter wants at its own end.
+    while os.read(0, 1 << 16):
+        pass
     os._exit(0)
 
 

@@ -88,7 +88,13 @@ def run(
         Path | None, typer.Option("--draft-model", metavar="FILE", help="Draft tokens with this smaller model of the same vocabulary.")
     ] = None,
     threads: ThreadsOption = None,
-    repack: RepackOption = True,
+    repack: Annotated[
+        bool | None, typer.Option("--repack/--no-repack", help="Let llama.cpp rearrange weights for the CPU. Default: it may.")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="FILE", help="Fill what is not given from this profile; 'auto': what `llama-moe tune` kept."),
+    ] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Show the memory used, by device and role.")] = False,
 ) -> None:
     """Continue a prompt, or answer it, streaming the text.
@@ -113,6 +119,7 @@ def run(
             context_size=context_size,
             threads=threads,
             repack=repack,
+            profile=profile,
             memory=memory,
         )
 
@@ -235,6 +242,53 @@ def trace(
             cache_slots=cache_slots or [],
             heatmap=heatmap,
             save=save,
+            as_json=as_json,
+        )
+
+
+@app.command()
+def tune(
+    model: ModelArgument,
+    *,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.0, metavar="M", help="Time for all of it.")] = 10.0,
+    objective: Annotated[
+        str, typer.Option("--objective", metavar="KIND", help="What to be quick at: decode (single tokens), prompt, or mixed.")
+    ] = "decode",
+    context_size: ContextSizeOption = 4096,
+    max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, metavar="N", help="Texts that are generated at once.")] = 1,
+    rpc: RpcOption = None,
+    vram: Annotated[
+        str | None,
+        typer.Option("--vram", metavar="SIZE", help="Most memory on each accelerator, such as 8GiB. Default: what is free."),
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", "-p", min=1, metavar="N", help="Length of the prompts; micro-batches are not larger.")
+    ] = 512,
+    generate_tokens: Annotated[int, typer.Option("--generate-tokens", "-n", min=1, metavar="N", help="Tokens to decode.")] = 64,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Of both in each trial.")] = 3,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop the trials of an earlier sweep, which are otherwise kept.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the options with which a model is quickest here.
+
+    They are kept for this model, machine, --ctx and --max-sequences; `llama-moe run --profile auto` and `load(..., profile="auto")` use
+    them. A second sweep goes on where the first one ended.
+    """
+    from .tune import run_tune
+
+    with exit_codes():
+        run_tune(
+            model,
+            minutes=minutes,
+            objective=objective,
+            context_size=context_size,
+            max_sequences=max_sequences,
+            rpc=rpc or [],
+            vram=vram,
+            prompt_tokens=prompt_tokens,
+            generate_tokens=generate_tokens,
+            repetitions=repetitions,
+            restart=restart,
             as_json=as_json,
         )
 

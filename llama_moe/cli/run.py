@@ -11,6 +11,7 @@ import typer
 
 import llama_moe
 from llama_moe import ExpertPlacement, Model, SamplingParams, Speculative
+from llama_moe._options import Default
 
 from .console import check_one_of, note, progress, stream_to_stdout, text_of
 
@@ -76,7 +77,8 @@ def run_prompt(
     rpc: Sequence[str],
     context_size: int,
     threads: int | None,
-    repack: bool,
+    repack: bool | None,
+    profile: str | None,
     memory: bool,
 ) -> None:
     """Loads the model, streams the completion or the answer, and reports speed, and memory if asked to."""
@@ -87,15 +89,16 @@ def run_prompt(
         speculative = Speculative.lookup() if drafting == "lookup" else None
         if isinstance(drafting, Path):
             with progress("Loading the draft model") as on_progress:
-                speculative = Speculative.draft(stack.enter_context(Model(drafting, repack=repack, on_progress=on_progress)))
+                speculative = Speculative.draft(stack.enter_context(Model(drafting, repack=repack is not False, on_progress=on_progress)))
         with progress("Loading") as on_progress:
             engine = llama_moe.load(
                 model,
-                experts=experts,
+                experts=Default("fit") if experts == ExpertPlacement.fit() else experts,  # which no option asks for
                 context_size=context_size,
-                threads=threads,
+                threads=Default(None) if threads is None else threads,
                 speculative=speculative,
-                repack=repack,
+                repack=Default(True) if repack is None else repack,
+                profile=profile,
                 on_progress=on_progress,
             )
         stack.enter_context(engine)

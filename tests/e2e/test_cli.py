@@ -231,5 +231,5 @@ def test_help_and_version() -> None:
     assert llama_moe.__version__ in cli("--version").stdout
     shown = cli("--help")
     assert shown.returncode == 0
-    for command in ("run", "bench", "inspect", "devices", "worker", "demo-model", "demo"):
+    for command in ("run", "bench", "tune", "inspect", "devices", "worker", "demo-model", "demo"):
         assert command in shown.stdout

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict
 
 import llama_moe
 from llama_moe import Context, Engine, Model, Speculative, _core
+from llama_moe._options import option_value
+from llama_moe.profiles import TunedOptions
 from llama_moe.speculative import speculation_options
 
 
@@ -59,7 +62,14 @@ def test_model() -> None:
 
 
 def test_load_takes_what_the_model_and_the_engine_take() -> None:
-    ours = keyword_defaults(llama_moe.load)
+    ours = {name: option_value(default) for name, default in keyword_defaults(llama_moe.load).items()}
+    assert ours.pop("profile") is None
     both = keyword_defaults(Model) | keyword_defaults(Engine)
     del both["fit_context_tokens"]  # load knows it from the context
     assert ours == both
+
+
+def test_what_tuning_starts_from_are_the_defaults() -> None:
+    ours = {name: option_value(default) for name, default in keyword_defaults(llama_moe.load).items()}
+    for name, value in asdict(TunedOptions()).items():
+        assert ours[name] == value
