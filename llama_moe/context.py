@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from . import _core, _logging
 from ._options import fill_context, native_model
 from .memory import MemoryReport
+from .tracing import TracingMethods
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Literal
 
@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .model import Model
-    from .routing import RoutingTrace
     from .tokens import TokenIds
 
 
-class Context:
+class Context(TracingMethods):
     """A KV cache over a model, for callers who batch and sample themselves; `Engine` does both for you.
 
     Sequences are numbered from 0 to `max_sequences - 1`. A call computes without the GIL; calls from several threads run one after another.
@@ -146,24 +145,6 @@ class Context:
             InvalidOptionError: the data is of another model, `max_sequences` or `kv_type`, does not fit, or is damaged.
         """
         self._native.load_state(data, sequence_id)
-
-    def trace_routing(self, *, choices: bool = False, weights: bool = False) -> AbstractContextManager[RoutingTrace]:
-        """Counts which experts the model's routers choose, while the block of a `with` runs.
-
-        Counting begins with the next batch, and its end leaves out a batch that is being computed. It can be read meanwhile, from any
-        thread. Several traces may run at once, and none changes what is computed. Without one, nothing is slower.
-
-        Args:
-            choices: keep the experts of each token too, two bytes for each of them: 768 bytes a token with 48 layers and 8 experts used.
-            weights: keep the weights of the chosen experts too, four bytes for each.
-
-        Raises:
-            ClosedError: the context was closed.
-            InvalidOptionError: the model has no experts.
-        """
-        from .routing import trace  # late: not everybody needs numpy
-
-        return trace(self._native, choices=choices, weights=weights)
 
     def memory(self) -> MemoryReport:
         """Bytes by device and role: the model's weights, this KV cache and its compute buffers."""

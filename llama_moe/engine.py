@@ -17,9 +17,9 @@ from .scoring import ScoringMethods
 from .speculative import speculation_options
 from .stream import Deadline, TokenStream
 from .tokens import as_prompts
+from .tracing import TracingMethods
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Literal
 
@@ -28,12 +28,11 @@ if TYPE_CHECKING:
     from .aio import AsyncTokenStream
     from .model import Model, StrPath
     from .results import Completion
-    from .routing import RoutingTrace
     from .speculative import Speculative
     from .tokens import Prompt
 
 
-class Engine(ChatMethods, ScoringMethods):
+class Engine(ChatMethods, ScoringMethods, TracingMethods):
     """Generates for many requests over one context, on a thread of its own; usable from any thread.
 
     A prompt is text, to which the model's special tokens are added and in which they are recognised, or token ids, which are used as they
@@ -305,25 +304,6 @@ class Engine(ChatMethods, ScoringMethods):
         """
         _logging.sync_level()
         self._native.clear_prefixes()
-
-    def trace_routing(self, *, choices: bool = False, weights: bool = False) -> AbstractContextManager[RoutingTrace]:
-        """Counts which experts the model's routers choose, while the block of a `with` runs.
-
-        Counting begins with the next batch, and its end leaves out a batch that is being computed. It can be read meanwhile, from any
-        thread. Several traces may run at once, and none changes what is computed. Without one, nothing is slower. A draft
-        model's routing is not counted.
-
-        Args:
-            choices: keep the experts of each token too, two bytes for each of them: 768 bytes a token with 48 layers and 8 experts used.
-            weights: keep the weights of the chosen experts too, four bytes for each.
-
-        Raises:
-            ClosedError: the engine was closed.
-            InvalidOptionError: the model has no experts.
-        """
-        from .routing import trace  # late: not everybody needs numpy
-
-        return trace(self._native, choices=choices, weights=weights)
 
     def memory(self) -> MemoryReport:
         """Bytes by device and role: the model's weights, the KV cache and the compute buffers."""

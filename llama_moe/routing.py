@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from . import _core, _logging
+from . import _core
 from ._files import written_whole
 from .errors import InvalidOptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy.typing as npt
     from typing_extensions import Self
 
@@ -25,24 +22,6 @@ if TYPE_CHECKING:
 
 _FORMAT = "llama_moe routing 1"
 _PER_TOKEN = ("token_ids", "positions", "sequences", "requests")
-
-
-class _Traced(Protocol):
-    """An engine or a context."""
-
-    def start_trace(self, choices: bool, weights: bool) -> _core.RoutingTrace: ...
-    def end_trace(self, trace: _core.RoutingTrace) -> None: ...
-
-
-@contextlib.contextmanager
-def trace(native: _Traced, *, choices: bool, weights: bool) -> Iterator[RoutingTrace]:
-    """A trace that runs while the block does."""
-    _logging.sync_level()
-    running = native.start_trace(choices, weights)
-    try:
-        yield RoutingTrace(running)
-    finally:
-        native.end_trace(running)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

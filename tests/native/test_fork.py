@@ -56,10 +56,17 @@ SCENARIOS = {
         waited_for = engine.stream("Hello", ENDLESS)
         reader = threading.Thread(target=lambda: list(waited_for))
         reader.start()
+        tracing = engine.trace_routing(choices=True)
+        routing = tracing.__enter__()
         child = os.fork()
         if child == 0:
             for use in (
                 lambda: next(stream),
+                lambda: engine.trace_routing().__enter__(),
+                lambda: context.trace_routing().__enter__(),
+                lambda: routing.counts,
+                lambda: routing.choices,
+                lambda: routing.active,
                 lambda: engine.generate("a", SHORT),
                 lambda: engine.stream([1, 2], SHORT),
                 lambda: asyncio.run(engine.agenerate("a", SHORT)),
@@ -94,6 +101,8 @@ SCENARIOS = {
         wait_for(child)
         text += "".join(map(str, stream))
         assert text == expected
+        assert routing.counts.sum() > 0
+        tracing.__exit__(None, None, None)
         waited_for.cancel()
         reader.join()
     """,

@@ -4,6 +4,7 @@
 #include <set>
 
 #include "llama_moe/error.h"
+#include "llama_moe/process.h"
 
 namespace llama_moe {
 
@@ -25,16 +26,19 @@ RoutingTrace::RoutingTrace(const RoutingShape& shape, const TraceOptions& option
 }
 
 bool RoutingTrace::active() const {
+    require_same_process("the routing trace");
     std::lock_guard<std::mutex> lock(mutex_);
     return active_;
 }
 
 RoutingTrace::Counts RoutingTrace::counts() const {
+    require_same_process("the routing trace");
     std::lock_guard<std::mutex> lock(mutex_);
     return {tokens_, routed_.counts};
 }
 
 RoutingTrace::Counts RoutingTrace::records(RoutedTokens& records) const {
+    require_same_process("the routing trace");
     std::lock_guard<std::mutex> lock(mutex_);
     records = routed_;
     return {tokens_, routed_.counts};
