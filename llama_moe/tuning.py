@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, get_args
 
 from . import _core
 from ._options import fill_context
-from ._placements import parse_placement, placement_name
+from ._placements import placement_name
 from ._sizes import parse_size
 from ._speed import check_test
-from .benchmarking import accelerators, bytes_on
+from .benchmarking import accelerators
 from .build import build_info
 from .devices import add_rpc_device
-from .errors import DoesNotFitError, InvalidOptionError, LlamaMoeError
+from .errors import InvalidOptionError, LlamaMoeError
 from .inspection import inspect
-from .model import resolve_placement
 from .placement import ExpertPlacement
 from .profiles import Objective, Profile, TunedOptions, profile_key
 from .trials import Journal, OutOfTime, Trial, TrialTask, run_trial
 from .tuning_report import TuningReport
+from .tuning_space import Space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -42,11 +42,12 @@ _LOG = logging.getLogger("llama_moe")
 
 # A gain that is smaller may be chance: repeated measurements on a quiet machine differ by about as much.
 _NOTICEABLE = 1.02
-# Trials in search of the best begin in this share of the time; the rest is for repeating the best ones.
-_SEARCH_SHARE = 0.7
+_FINALISTS = 3
 _FINAL_ROUNDS = 2
+# The search leaves time to repeat the best ones: what that takes, with something to spare, but no more than this share of all.
+_TO_SPARE = 1.25
+_MOST_FOR_FINALS = 0.5
 _PASSES = 3
-_MICRO_BATCHES = (64, 128, 256, 512, 1024, 2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def tune(
     key = profile_key(path, accelerators=found, context_size=context_size, max_sequences=max_sequences)
     journal = Journal(key.path.with_suffix(".trials.json"), task, build_info(), restart=restart)
     sweep = _Sweep(inspect(path), task, journal, found, vram=limit, objective=objective, deadline=deadline, on_progress=on_progress)
-    in_time = sweep.run(search_until=deadline - (1 - _SEARCH_SHARE) * 60 * minutes)
+    in_time = sweep.run()
     return _report(sweep, key, in_time=in_time)
 
 
@@ -196,13 +197,13 @@ class _Sweep:
         self.task = task
         self.objective = objective
         self.default = TunedOptions(experts="fit" if vram is None else placement_name(ExpertPlacement.fit(vram=vram)))
-        self._info = info
         self._journal = journal
-        self._accelerators = found
+        self._space = Space(info, task, found, vram=vram, default=self.default)
         self._vram = vram
         self._begin = time.monotonic()
         self._deadline = deadline
-        self._search_until = deadline
+        self._searching = True
+        self._finished = False
         self._limit = math.inf
         self._on_progress = on_progress
         self._seen: dict[TunedOptions, dict[int, Trial]] = {}
@@ -214,17 +215,17 @@ class _Sweep:
         """What was measured for this sweep, earlier sweeps' trials that it could use included."""
         return tuple(self._order)
 
-    def run(self, *, search_until: float) -> bool:
+    def run(self) -> bool:
         """Tries until nothing is left to try, or time is over; returns whether it came to the end."""
-        self._search_until = search_until
         try:
             best = self._search()
-            self._search_until = self._deadline
             self._finalists = self._choose_finalists(best)
-            self._repeat()
+            for number in range(1, _FINAL_ROUNDS + 1):
+                for options in self._finalists:
+                    self._try(options, number)
         except OutOfTime:
             return False
-        return best is not None
+        return self._finished
 
     def winner(self) -> Trial:
         """The best options, with the medians of all their trials.
@@ -232,7 +233,10 @@ class _Sweep:
         Raises:
             LlamaMoeError: none worked.
         """
-        measured = map(self.median, self._finalists or self._seen)
+        # Finalists are compared by the rounds that two of them and more have: they were measured in turn.
+        rounds = sorted((len(self._seen[options]) for options in self._finalists), reverse=True)[1:2]
+        finalists = [options for options in self._finalists if len(self._seen[options]) >= rounds[0]]
+        measured = map(self.median, finalists or self._seen)
         fine = sorted(filter(self.usable, measured), key=self.objective_of, reverse=True)
         if not fine:
             reasons = "; ".join(dict.fromkeys(f"{trial.options}: {trial.error}" for trial in self._order[:3]))
@@ -281,7 +285,7 @@ class _Sweep:
             return done
         trial = self._journal.find(options, number)
         if trial is None:
-            if time.monotonic() >= self._search_until:
+            if time.monotonic() >= self._deadline - self._time_for_finals():
                 raise OutOfTime
             trial = run_trial(
                 self.task,
@@ -299,6 +303,12 @@ class _Sweep:
         self._order.append(trial)
         _LOG.info("trial of %s: %s", options, trial.error or f"{trial.decode_tokens_per_second:.2f} tokens/s")
         return trial
+
+    def _time_for_finals(self) -> float:
+        if not (self._searching and self._order):
+            return 0.0
+        mean = statistics.fmean(trial.seconds for trial in self._order)
+        return min(_TO_SPARE * _FINALISTS * _FINAL_ROUNDS * mean, _MOST_FOR_FINALS * (self._deadline - self._begin))
 
     def _tell(self, options: TunedOptions) -> None:
         if self._on_progress is not None:
@@ -324,62 +334,31 @@ class _Sweep:
                 before = best
                 best = self._place(best)
                 if best is None:
-                    return None
-                for objective, vary in self._dimensions():
+                    break
+                for objective, vary in self._space.dimensions(self.objective):
                     best = self._best_of(vary(best), best, objective) or best
                 if best == before:
                     break
+            self._finished = True
         except OutOfTime:
             if time.monotonic() >= self._deadline:
                 raise
+        self._searching = False
         return best
-
-    def _dimensions(self) -> list[tuple[Objective, Callable[[TunedOptions], list[TunedOptions]]]]:
-        """What is varied, and the speed it is varied for: the objective, or the only one it has a part in."""
-        of_all: Objective = self.objective
-        decode: Objective = "mixed" if of_all == "mixed" else "decode"
-        prompt: Objective = "mixed" if of_all == "mixed" else "prompt"
-        return [
-            (of_all, lambda best: [replace(best, repack=not best.repack)]),
-            (of_all, self._host_memories),
-            (decode, self._threads),
-            (prompt, self._batch_threads),
-            (prompt, self._micro_batches),
-        ]
-
-    def _host_memories(self, best: TunedOptions) -> list[TunedOptions]:
-        local = any(device.backend != "RPC" for device in self._accelerators)
-        return [replace(best, host_memory="mmap"), replace(best, host_memory="pageable")] + (
-            [replace(best, host_memory="pinned")] if local else []
-        )
-
-    def _threads(self, best: TunedOptions) -> list[TunedOptions]:
-        # Prompts keep what they have: by default it follows.
-        batch = best.threads_batch or best.threads or _core.usable_cores()
-        now = best.threads or _core.usable_cores()
-        return [replace(best, threads=count, threads_batch=batch) for count in _thread_counts() if count != now]
-
-    def _batch_threads(self, best: TunedOptions) -> list[TunedOptions]:
-        now = best.threads_batch or best.threads or _core.usable_cores()
-        return [replace(best, threads_batch=count) for count in _thread_counts() if count != now]
-
-    def _micro_batches(self, best: TunedOptions) -> list[TunedOptions]:
-        sizes = [size for size in _MICRO_BATCHES if size <= min(self.task.prompt_tokens, self.task.context_size or self.task.prompt_tokens)]
-        return [replace(best, micro_batch_size=size) for size in sizes if size != best.micro_batch_size]
 
     def _place(self, best: TunedOptions | None) -> TunedOptions | None:
         """The best number of layers with their experts in host memory: some far apart, then halfway between the best and its neighbours."""
-        if not (self._accelerators and self._info.expert_count):
+        if not self._space.has_placements:
             return best
-        layers = self._info.layer_count
-        fitting = self._layers_that_fit()
+        layers = self._space.layer_count
+        fitting = self._space.layers_that_fit()
         base = best or self.default
         tried = {fitting} if best is not None and base.experts == self.default.experts else set()
         if base.experts.startswith("first:"):
             fitting = int(base.experts.partition(":")[2])
         counts = sorted({fitting, (fitting + layers) // 2, layers, max(fitting - 1, 0)})
         while counts:
-            possible = [count for count in counts if count not in tried and self._may_fit(count)]
+            possible = [count for count in counts if count not in tried and self._space.may_fit(count)]
             tried |= set(counts)
             before = best
             best = self._best_of((replace(base, experts=f"first:{count}") for count in possible), best, self.objective)
@@ -393,47 +372,11 @@ class _Sweep:
             counts = sorted({further, (now + above) // 2} - tried)
         return best
 
-    def _layers_that_fit(self) -> int:
-        """How many layers' experts "fit" puts into host memory; all if it finds no way."""
-        try:
-            tokens = self.task.context_size * self.task.max_sequences
-            placement = resolve_placement(
-                self.task.path,
-                experts=parse_placement(self.default.experts),
-                devices=self._accelerators,
-                fit_context_tokens=tokens,
-            )
-        except DoesNotFitError:
-            return self._info.layer_count
-        where = {tensor.name: tensor.device for tensor in placement}
-        names = {device.name for device in self._accelerators}
-        experts = [tensor for tensor in self._info.tensors if tensor.role == "experts" and where.get(tensor.name) not in names]
-        return len({tensor.layer for tensor in experts})
-
-    def _may_fit(self, count: int) -> bool:
-        """Whether the weights alone are within the limit that was given."""
-        if self._vram is None:
-            return True
-        placement = resolve_placement(self.task.path, experts=ExpertPlacement.cpu_first(count), devices=self._accelerators)
-        return all(bytes_on([device], placement.by_device()) <= self._vram for device in self._accelerators)
-
     def _choose_finalists(self, best: TunedOptions | None) -> list[TunedOptions]:
         """The best, who comes next at the objective, and the defaults; nobody where there is one of them only."""
         if best is None:
             return []
         others = [trial for trial in map(self.median, self._seen) if self.usable(trial) and trial.options not in (best, self.default)]
         others.sort(key=self.objective_of, reverse=True)
-        finalists = list(dict.fromkeys([self.default, best, *(trial.options for trial in others[:1])]))
+        finalists = list(dict.fromkeys([self.default, best, *(trial.options for trial in others[: _FINALISTS - 2])]))
         return [options for options in finalists if self.usable(self._try(options))] if len(finalists) > 1 else []
-
-    def _repeat(self) -> None:
-        for number in range(1, _FINAL_ROUNDS + 1):
-            for options in self._finalists:
-                self._try(options, number)
-
-
-def _thread_counts() -> list[int]:
-    """What is worth trying: cores, half of them, one less, and all that the system counts with several threads on a core."""
-    cores = _core.usable_cores()
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or cores
-    return sorted({cores, max(cores // 2, 1), max(cores - 1, 1), max(logical, cores)})

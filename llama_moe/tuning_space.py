@@ -1,0 +1,131 @@
+"""What `tune()` varies, and which values of it are worth a trial."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from . import _core
+from ._placements import parse_placement
+from .benchmarking import bytes_on
+from .errors import DoesNotFitError
+from .model import resolve_placement
+from .placement import ExpertPlacement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .devices import Device
+    from .inspection import ModelInfo
+    from .profiles import Objective, TunedOptions
+    from .trials import TrialTask
+
+_MICRO_BATCHES = (64, 128, 256, 512, 1024, 2048)
+
+
+class Space:
+    """The options of one model with these accelerators.
+
+    Args:
+        info: the model's header.
+        task: how it is used.
+        accelerators: the devices with memory of their own.
+        vram: most bytes on each of them; None: what is free.
+        default: the defaults of a load.
+    """
+
+    def __init__(
+        self, info: ModelInfo, task: TrialTask, accelerators: Sequence[Device], *, vram: int | None, default: TunedOptions
+    ) -> None:
+        self._info = info
+        self._task = task
+        self._accelerators = accelerators
+        self._vram = vram
+        self._default = default
+
+    @property
+    def has_placements(self) -> bool:
+        """Whether there are experts, and an accelerator to have them or not."""
+        return bool(self._accelerators and self._info.expert_count)
+
+    @property
+    def layer_count(self) -> int:
+        """Transformer blocks."""
+        return self._info.layer_count
+
+    def dimensions(self, of_all: Objective) -> list[tuple[Objective, Callable[[TunedOptions], list[TunedOptions]]]]:
+        """What is varied, and the speed it is varied for: the objective, or the only one it has a part in."""
+        decode: Objective = "mixed" if of_all == "mixed" else "decode"
+        prompt: Objective = "mixed" if of_all == "mixed" else "prompt"
+        return [
+            (of_all, lambda best: [replace(best, repack=not best.repack)]),
+            (of_all, self._host_memories),
+            (decode, self._threads),
+            (prompt, self._batch_threads),
+            (prompt, self._micro_batches),
+        ]
+
+    def _host_memories(self, best: TunedOptions) -> list[TunedOptions]:
+        local = any(device.backend != "RPC" for device in self._accelerators)
+        return [replace(best, host_memory="mmap"), replace(best, host_memory="pageable")] + (
+            [replace(best, host_memory="pinned")] if local else []
+        )
+
+    def _threads(self, best: TunedOptions) -> list[TunedOptions]:
+        # Prompts keep what they have: by default it follows.
+        threads, batch = _threads_of(best)
+        return [_with_threads(best, count, batch) for count in _thread_counts() if count != threads]
+
+    def _batch_threads(self, best: TunedOptions) -> list[TunedOptions]:
+        threads, batch = _threads_of(best)
+        return [_with_threads(best, threads, count) for count in _thread_counts() if count != batch]
+
+    def _micro_batches(self, best: TunedOptions) -> list[TunedOptions]:
+        sizes = [size for size in _MICRO_BATCHES if size <= self._task.prompt_tokens]
+        return [replace(best, micro_batch_size=size) for size in sizes if size != best.micro_batch_size]
+
+    def layers_that_fit(self) -> int:
+        """How many layers' experts "fit" puts into host memory; all if it finds no way."""
+        try:
+            tokens = self._task.context_size * self._task.max_sequences
+            placement = resolve_placement(
+                self._task.path,
+                experts=parse_placement(self._default.experts),
+                devices=self._accelerators,
+                fit_context_tokens=tokens,
+            )
+        except DoesNotFitError:
+            return self._info.layer_count
+        where = {tensor.name: tensor.device for tensor in placement}
+        names = {device.name for device in self._accelerators}
+        experts = [tensor for tensor in self._info.tensors if tensor.role == "experts" and where.get(tensor.name) not in names]
+        return len({tensor.layer for tensor in experts})
+
+    def may_fit(self, count: int) -> bool:
+        """Whether the weights alone are within the limit that was given."""
+        if self._vram is None:
+            return True
+        placement = resolve_placement(self._task.path, experts=ExpertPlacement.cpu_first(count), devices=self._accelerators)
+        return all(bytes_on([device], placement.by_device()) <= self._vram for device in self._accelerators)
+
+
+def _threads_of(options: TunedOptions) -> tuple[int, int]:
+    threads = options.threads or _core.usable_cores()
+    return threads, options.threads_batch or threads
+
+
+def _with_threads(options: TunedOptions, threads: int, batch: int) -> TunedOptions:
+    """The options with these numbers, None where that is the same, so that nothing is tried twice under two names."""
+    return replace(
+        options,
+        threads=None if threads == _core.usable_cores() else threads,
+        threads_batch=None if batch == threads else batch,
+    )
+
+
+def _thread_counts() -> list[int]:
+    """What is worth trying: cores, half of them, one less, and all that the system counts with several threads on a core."""
+    cores = _core.usable_cores()
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or cores
+    return sorted({cores, max(cores // 2, 1), max(cores - 1, 1), max(logical, cores)})
