@@ -13,7 +13,7 @@ import llama_moe
 from tests.support.processes import COMMAND, Program, cli
 from tests.support.waiting import eventually
 
-QUICK = ["-p", 8, "-n", 4, "-r", 1, "--ctx", 256, "--minutes", 3]
+QUICK = ["-p", 8, "-n", 4, "-r", 1, "--ctx", 256, "--minutes", 30]
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from llama_moe.worker import Worker
 from tests.support.tiny_models import write_tiny_model
 
 QUICK: dict[str, Any] = {
-    "minutes": 3,
+    "minutes": 30,
     "context_size": 256,
     "prompt_tokens": 8,
     "generate_tokens": 4,
