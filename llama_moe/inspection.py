@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from . import _core, _logging, _table
@@ -85,14 +86,27 @@ class ModelInfo:
 def inspect(path: str | os.PathLike[str]) -> ModelInfo:
     """Reads the header of a GGUF file; of all files of a split model, given the first.
 
+    Args:
+        path: a file; or the ``https://`` URL of one, or "owner/repository/file.gguf" on the Hugging Face hub, of which the header alone is
+            fetched (`llama_moe.remote`).
+
     Raises:
         FileNotFoundError: no such file.
-        ModelLoadError: not GGUF, truncated or corrupted.
+        ModelLoadError: not GGUF, truncated or corrupted; or a server does not let it be read.
     """
     _logging.sync_level()
+    if not isinstance(path, str) or Path(path).exists():
+        return _read(path, os.fspath(path))
+    from .remote import local_header  # late: HTTP takes longer to import than this package
+
+    with local_header(path) as header:
+        return _read(header, path)
+
+
+def _read(path: str | os.PathLike[str], name: str) -> ModelInfo:
     info = _core.read_gguf(os.fspath(path))
     return ModelInfo(
-        path=info.path,
+        path=name,
         architecture=info.architecture,
         metadata=info.metadata,
         tensors=tuple(

@@ -38,6 +38,7 @@ void bind_notifier(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_chat(py::module_& m);
 void bind_quantize(py::module_& m);
+void bind_bandwidth(py::module_& m);
 
 // Hands queued log lines to the sink. Needs the GIL.
 void drain_logs();

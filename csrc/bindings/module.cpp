@@ -47,6 +47,7 @@ PYBIND11_MODULE(_core, m) {
     bind_engine(m);
     bind_chat(m);
     bind_quantize(m);
+    bind_bandwidth(m);
     m.def("live_objects", [] {
         const auto& live = llama_moe::live_objects();
         return std::map<std::string, int>{{"models", live.models},

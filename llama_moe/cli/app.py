@@ -19,6 +19,10 @@ app = typer.Typer(
 )
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="GGUF file; the first one of a split model.")]
+# As text: a Path would take one of a URL's slashes away.
+ModelOrUrlArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="GGUF file, or the URL or OWNER/REPOSITORY/FILE (Hugging Face) of one; its header is read.")
+]
 RpcOption = Annotated[
     list[str] | None, typer.Option("--rpc", metavar="HOST:PORT", help="Use this worker's devices too. May be given several times.")
 ]
@@ -294,7 +298,7 @@ def tune(
 
 
 @app.command("inspect")
-def inspect_model(model: ModelArgument, *, as_json: JsonOption = False) -> None:
+def inspect_model(model: ModelOrUrlArgument, *, as_json: JsonOption = False) -> None:
     """Show a model's architecture, experts and formats."""
     from .show import show_model
 

@@ -14,10 +14,9 @@ from llama_moe._table import columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 
-def show_model(path: Path, *, as_json: bool) -> None:
+def show_model(path: str, *, as_json: bool) -> None:
     """Writes what the header of a model file says."""
     info = llama_moe.inspect(path)
     sizes, types = info.by_role(), info.types_by_role()
