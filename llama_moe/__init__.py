@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .aio import AsyncChatStream, AsyncTokenStream
     from .benchmark_report import BenchmarkReport, BenchmarkRow
     from .benchmarking import benchmark
+    from .importance import ImatrixEntry, ImatrixReport, imatrix
     from .profiles import Profile, TunedOptions
     from .quality import Quality, QualityReport, compare
     from .quantization import QuantizedTensor, QuantizeReport, quantization_types, quantize, tensor_types
@@ -73,6 +74,8 @@ __all__ = [
     "Engine",
     "ExpertPlacement",
     "FinishReason",
+    "ImatrixEntry",
+    "ImatrixReport",
     "LayerRouting",
     "MemoryReport",
     "Model",
@@ -106,6 +109,7 @@ __all__ = [
     "compare",
     "devices",
     "errors",
+    "imatrix",
     "inspect",
     "load",
     "quantization_types",
@@ -121,6 +125,8 @@ _LATE = {
     "BenchmarkReport": "benchmark_report",
     "BenchmarkRow": "benchmark_report",
     "CacheSimulation": "routing_cache",
+    "ImatrixEntry": "importance",
+    "ImatrixReport": "importance",
     "LayerRouting": "routing",
     "Profile": "profiles",
     "Quality": "quality",
@@ -132,6 +138,7 @@ _LATE = {
     "TuningReport": "tuning_report",
     "benchmark": "benchmarking",
     "compare": "quality",
+    "imatrix": "importance",
     "quantization_types": "quantization",
     "quantize": "quantization",
     "tensor_types": "quantization",

@@ -114,7 +114,8 @@ class QuantizeReport:
         if self.fallbacks:
             kinds = Counter((tensor.wanted_type, tensor.type_after, tensor.shape[0]) for tensor in self.fallbacks)
             lines += [
-                f"{count} tensors get {after} instead of {wanted}: their rows of {width} are no multiple of its blocks."
+                f"{count} {'tensors get' if count > 1 else 'tensor gets'} {after} instead of {wanted}: "
+                f"rows of {width} are no multiple of its blocks."
                 for (wanted, after, width), count in kinds.items()
             ]
         if self.needs_imatrix:

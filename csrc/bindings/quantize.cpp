@@ -20,7 +20,19 @@ std::function<void(float)> progress_of(const ProgressCallback& on_progress) {
 }  // namespace
 
 void bind_quantize(py::module_& m) {
+    py::class_<Imatrix::Entry>(m, "ImatrixEntry")
+        .def_property_readonly("columns", [](const Imatrix::Entry& entry) { return entry.sums.size() / entry.counts.size(); })
+        .def_readonly("counts", &Imatrix::Entry::counts);
     py::class_<Imatrix, std::shared_ptr<Imatrix>>(m, "Imatrix")
+        .def_property_readonly("names",
+                               [](const Imatrix& imatrix) {
+                                   std::vector<std::string> names;
+                                   for (const auto& [name, entry] : imatrix.entries) {
+                                       names.push_back(name);
+                                   }
+                                   return names;
+                               })
+        .def("entry", [](const Imatrix& imatrix, const std::string& name) { return imatrix.entries.at(name); }, py::arg("name"))
         .def_readonly("datasets", &Imatrix::datasets)
         .def_readonly("chunk_count", &Imatrix::chunk_count)
         .def_readonly("chunk_size", &Imatrix::chunk_size)
@@ -28,6 +40,23 @@ void bind_quantize(py::module_& m) {
     m.def(
         "read_imatrix", [](const std::string& path) { return without_gil([&] { return std::make_shared<Imatrix>(read_imatrix(path)); }); },
         py::arg("path"));
+    m.def(
+        "write_imatrix", [](const Imatrix& imatrix, const std::string& path) { without_gil([&] { write_imatrix(imatrix, path); }); },
+        py::arg("imatrix"), py::arg("path"));
+    py::class_<ImatrixOptions>(m, "ImatrixOptions")
+        .def(py::init<>())
+        .def_readwrite("context_size", &ImatrixOptions::chunk_size)
+        .def_readwrite("chunks", &ImatrixOptions::chunks)
+        .def_readwrite("output", &ImatrixOptions::output)
+        .def_readwrite("threads", &ImatrixOptions::threads)
+        .def_readwrite("dataset", &ImatrixOptions::dataset)
+        .def("validate", &ImatrixOptions::validate);
+    m.def(
+        "collect_imatrix",
+        [](const ModelHandle& model, const std::vector<std::int32_t>& tokens, const ImatrixOptions& options, const ProgressCallback& on_progress) {
+            return without_gil([&] { return collect_imatrix(model.get(), tokens, options, progress_of(on_progress), poll_signals()); });
+        },
+        py::arg("model"), py::arg("tokens"), py::arg("options"), py::arg("on_progress") = py::none());
 
     py::class_<QuantizeOptions>(m, "QuantizeOptions")
         .def(py::init<>())

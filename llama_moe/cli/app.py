@@ -297,6 +297,91 @@ def tune(
         )
 
 
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="GGUF file; the first one of a split model.")],
+    target_and_type: Annotated[
+        list[str],
+        typer.Argument(metavar="DST TYPE", help="File to write (not needed with --dry-run), and a type such as Q4_K_M, Q2_K, Q8_0 or F16."),
+    ],
+    *,
+    experts: Annotated[str | None, typer.Option("--experts", metavar="T", help="Of the routed experts, such as Q2_K.")] = None,
+    attention: Annotated[str | None, typer.Option("--attention", metavar="T", help="Of the attention, such as Q6_K.")] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="T", help="Of the output matrix.")] = None,
+    embedding: Annotated[str | None, typer.Option("--embedding", metavar="T", help="Of the token embedding.")] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--override",
+            metavar="REGEX=T",
+            help="Of tensors whose name matches. May be given several times; the first that matches decides, before the options above.",
+        ),
+    ] = None,
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix: IQ3_XXS and below need it.")] = None,
+    requantize: Annotated[bool, typer.Option("--requantize", help="Also change what is quantised, losing precision twice.")] = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads. Default: one for each core.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done; reads no weights.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model in smaller number formats.
+
+    TYPE is one of llama.cpp's mixes, which choose a format for every tensor; the options change it for a part of the model.
+    """
+    from .quantizing import quantize_model
+
+    with exit_codes():
+        quantize_model(
+            source,
+            target_and_type,
+            experts=experts,
+            attention=attention,
+            output=output,
+            embedding=embedding,
+            overrides=override or [],
+            imatrix=imatrix,
+            requantize=requantize,
+            threads=threads,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+
+
+@app.command("imatrix")
+def imatrix_command(
+    model: ModelArgument,
+    *,
+    file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE", help="Compute this text.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="File to write.")] = Path("imatrix.gguf"),
+    context_size: Annotated[int, typer.Option("--ctx", min=32, metavar="N", help="Tokens that are computed together.")] = 512,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="How many of them. Default: the whole text.")] = None,
+    output: Annotated[bool, typer.Option("--process-output", help="Also for the output matrix.")] = False,
+    parse_special: Annotated[
+        bool, typer.Option("--parse-special", help="Read names of special tokens in the text as these tokens.")
+    ] = False,
+    cpu_moe: CpuMoeOption = False,
+    n_cpu_moe: NCpuMoeOption = None,
+    rpc: RpcOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Compute the importance matrix of a model, for quantize --imatrix."""
+    from .quantizing import compute_imatrix
+    from .run import choose_placement
+
+    with exit_codes():
+        compute_imatrix(
+            model,
+            file,
+            out,
+            experts=choose_placement(cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe, experts_on=[]),
+            rpc=rpc or [],
+            context_size=context_size,
+            chunks=chunks,
+            output=output,
+            parse_special=parse_special,
+            threads=threads,
+        )
+
+
 @app.command("inspect")
 def inspect_model(model: ModelOrUrlArgument, *, as_json: JsonOption = False) -> None:
     """Show a model's architecture, experts and formats."""

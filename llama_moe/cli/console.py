@@ -14,7 +14,7 @@ from llama_moe import ChatDelta
 from llama_moe.errors import LlamaMoeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from llama_moe import ChatStream, TokenStream
@@ -96,6 +96,17 @@ def check_one_of(reason: str, options: Mapping[str, bool]) -> None:
     given = [option for option, is_given in options.items() if is_given]
     if len(given) > 1:
         raise typer.BadParameter(f"{reason}; give only one of them", param_hint=" and ".join(given))
+
+
+def regex_rules(texts: Sequence[str], what: str, option: str) -> list[tuple[str, str]]:
+    """The two sides of each REGEX=`what` that was given; anything else is a usage error."""
+    rules = []
+    for text in texts:
+        regex, _, value = text.rpartition("=")
+        if not (regex and value):
+            raise typer.BadParameter(f"{text!r} is not REGEX={what}", param_hint=option)
+        rules.append((regex, value))
+    return rules
 
 
 def text_of(path: Path, option: str) -> str:

@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 import llama_moe
 from llama_moe import ExpertPlacement, Model, SamplingParams, Speculative
 from llama_moe._options import Default
 
-from .console import check_one_of, note, progress, stream_to_stdout, text_of
+from .console import check_one_of, note, progress, regex_rules, stream_to_stdout, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +30,7 @@ def choose_placement(*, cpu_moe: bool, n_cpu_moe: int | None, experts_on: Sequen
         return ExpertPlacement.cpu()
     if n_cpu_moe is not None:
         return ExpertPlacement.cpu_first(n_cpu_moe)
-    return ExpertPlacement.rules(map(_rule, experts_on)) if experts_on else ExpertPlacement.fit()
+    return ExpertPlacement.rules(regex_rules(experts_on, "DEVICE", "--experts-on")) if experts_on else ExpertPlacement.fit()
 
 
 def choose_sampling(
@@ -56,13 +54,6 @@ def choose_drafting(*, lookup: bool, draft_model: Path | None) -> Drafting:
     """What drafts tokens: lookup, the model in a file, or nothing."""
     check_one_of("each says what drafts tokens", {"--lookup": lookup, "--draft-model": draft_model is not None})
     return "lookup" if lookup else draft_model
-
-
-def _rule(text: str) -> tuple[str, str]:
-    regex, _, device = text.rpartition("=")
-    if not (regex and device):
-        raise typer.BadParameter(f"{text!r} is not REGEX=DEVICE", param_hint="--experts-on")
-    return regex, device
 
 
 def run_prompt(

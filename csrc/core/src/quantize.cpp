@@ -310,7 +310,7 @@ void check_requantizing(const QuantizePlan& plan, const QuantizeOptions& options
     for (const auto& tensor : plan.tensors) {
         if (!options.requantize && tensor.type_id != tensor.source.type_id && ggml_is_quantized(static_cast<ggml_type>(tensor.source.type_id))) {
             throw InvalidOptionError("'" + plan.source.path + "' is quantized already: '" + tensor.source.name + "' is " + tensor.source.type +
-                                     ". Start from an F16, BF16 or F32 file, or pass requantize=True and lose quality twice");
+                                     ". Start from an F16, BF16 or F32 file, or requantize it (requantize=True, --requantize) and lose quality twice");
         }
     }
 }

@@ -94,7 +94,7 @@ void check_imatrix(const QuantizePlan& plan, const Imatrix* imatrix) {
             continue;
         }
         throw InvalidOptionError(tensor.type + " for '" + tensor.source.name + "' needs an importance matrix" +
-                                 (imatrix == nullptr ? "; pass imatrix=" : "; '" + imatrix->path + "' has no values for it"));
+                                 (imatrix == nullptr ? "; see imatrix() and llama-moe imatrix" : "; '" + imatrix->path + "' has no values for it"));
     }
 }
 

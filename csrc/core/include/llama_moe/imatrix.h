@@ -1,9 +1,14 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
+
+#include "llama_moe/model.h"
+#include "llama_moe/wait.h"
 
 namespace llama_moe {
 
@@ -24,6 +29,21 @@ struct Imatrix {
     // known of them.
     std::vector<float> weights(const std::string& name) const;
 };
+
+struct ImatrixOptions {
+    int chunk_size = 512;       // tokens that are computed together; each chunk is a text of its own
+    int chunks = 0;             // how many of the text; 0: all
+    bool output = false;        // the output matrix, too
+    int threads = 0;            // 0: one for each usable core
+    std::string dataset;        // name of the text
+
+    void validate() const;
+};
+
+// Computes the chunks of a text and sums the squares of what goes into each weight matrix of the layers. A rest that fills no chunk is left
+// out. When `poll` throws, or `on_progress` does, which is called on this thread with the share done, the work stops.
+std::shared_ptr<Imatrix> collect_imatrix(const std::shared_ptr<Model>& model, const std::vector<std::int32_t>& tokens, const ImatrixOptions& options,
+                                         const std::function<void(float)>& on_progress = {}, const Poll& poll = {});
 
 // Throws FileNotFoundError, or ModelLoadError for a file that is no importance matrix.
 Imatrix read_imatrix(const std::string& path);
