@@ -133,7 +133,7 @@ class DeviceRates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskRate:
-    """How fast a file's disk is read, in pieces of 1 MiB from all over the file.
+    """How fast a file's disk is read, in pieces of 128 KiB from all over it, as the kernel reads a mapped file.
 
     Attributes:
         bytes_per_second: the rate.
