@@ -26,8 +26,9 @@ from llama_moe.prediction import PlacedTensor, Prediction, predict_decode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llama_moe import Engine, ModelInfo
     from pytest_benchmark.fixture import BenchmarkFixture
+
+    from llama_moe import Engine, ModelInfo
 
 TOKENS = 128
 MOST_OFF = 1.25
