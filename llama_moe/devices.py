@@ -55,23 +55,26 @@ def devices() -> list[Device]:
     return [_from_native(device) for device in _core.devices()]
 
 
-def add_rpc_device(endpoint: str) -> list[Device]:
+def add_rpc_device(endpoint: str, *, answer_timeout: float = 300.0) -> list[Device]:
     """Connects to a llama.cpp RPC worker and makes its devices usable in this process.
 
-    A second call with the same endpoint returns the same devices.
+    A second call with the same endpoint returns the same devices, and sets their `answer_timeout`.
 
     Args:
         endpoint: "host:port". The protocol has no authentication and no encryption: use it within a network you trust.
+        answer_timeout: seconds for which a call, such as one step of an engine, waits for the worker. Then the worker is asked whether it
+            still answers, and given 5 s more. One that does not counts as failed: who waits for it gets a `DecodeError` that names it, and
+            this process does not use it again. It must be longer than the longest time the worker computes for one micro-batch.
 
     Returns:
         The worker's devices, named "RPC0", "RPC1" and so on in order of registration.
 
     Raises:
-        InvalidOptionError: `endpoint` is not "host:port".
+        InvalidOptionError: `endpoint` is not "host:port", or `answer_timeout` is not above 0.
         LlamaMoeError: no worker answers there, or it speaks another version of the protocol.
     """
     _logging.sync_level()
-    return [_from_native(device) for device in _core.add_rpc_device(endpoint)]
+    return [_from_native(device) for device in _core.add_rpc_device(endpoint, answer_timeout)]
 
 
 def device_name(device: object) -> str:

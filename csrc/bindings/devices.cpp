@@ -18,8 +18,11 @@ void bind_devices(py::module_& m) {
         });
     m.def("devices", [] { return without_gil([] { return devices(poll_signals()); }); });
     m.def(
-        "add_rpc_device", [](const std::string& endpoint) { return without_gil([&] { return add_rpc_device(endpoint, poll_signals()); }); },
-        py::arg("endpoint"));
+        "add_rpc_device",
+        [](const std::string& endpoint, double answer_timeout) {
+            return without_gil([&] { return add_rpc_device(endpoint, answer_timeout, poll_signals()); });
+        },
+        py::arg("endpoint"), py::arg("answer_timeout"));
     m.def(
         "run_worker",
         [](const std::string& endpoint, int threads, const std::optional<std::string>& cache_dir) {

@@ -30,6 +30,17 @@ class LocalSocket {
     LocalSocket(const LocalSocket&) = delete;
     LocalSocket& operator=(const LocalSocket&) = delete;
 
+    int connect() const {
+        const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        REQUIRE(::connect(fd, reinterpret_cast<const sockaddr*>(&address_), sizeof(address_)) == 0);
+        return fd;
+    }
+    int accept() const {
+        const int fd = ::accept(fd_, nullptr, nullptr);
+        REQUIRE(fd >= 0);
+        return fd;
+    }
+
     Endpoint endpoint() const { return {"127.0.0.1", ntohs(address_.sin_port)}; }
 
    private:
@@ -64,4 +75,28 @@ TEST_CASE("check_listening tells who listens from who does not") {
 TEST_CASE("check_listening says that a name is unknown") {
     const auto message = CHECK_THROWS(Error, check_listening({"name.invalid", 1}, std::chrono::seconds(20), {}));
     CHECK(message.find("no RPC worker at name.invalid:1") != std::string::npos);
+}
+
+TEST_CASE("connected is true while neither side has closed") {
+    const LocalSocket listening(true);
+    CHECK(!connected(listening.endpoint()));
+    for (const bool here : {true, false}) {
+        const int client = listening.connect();
+        const int server = listening.accept();
+        CHECK(connected(listening.endpoint()));
+        ::close(here ? client : server);
+        CHECK(!connected(listening.endpoint()));
+        ::close(here ? server : client);
+    }
+    CHECK(!connected({"name.invalid", 1}));
+}
+
+TEST_CASE("connected is false once the other side broke the connection") {
+    const LocalSocket listening(true);
+    const int client = listening.connect();
+    const int server = listening.accept();
+    REQUIRE(::send(client, "unread", 6, 0) == 6);
+    ::close(server);  // with something unread in it: a reset, after which a socket has no peer
+    CHECK(!connected(listening.endpoint()));
+    ::close(client);
 }

@@ -435,7 +435,7 @@ def test_a_worker_that_dies_fails_the_task_that_waits(tiny_model: Callable[[str]
                 async for _ in stream:
                     pass
             except DecodeError as error:
-                assert "a device failed and the engine is lost" in str(error), error
+                assert "the engine is lost: device 'RPC0'" in str(error), error
                 print("told")
         asyncio.run(main())
         """,

@@ -1,4 +1,4 @@
-"""A worker that dies takes with it what was on it, and nothing else."""
+"""A worker that dies or hangs takes with it what was on it, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tests.support.processes import run_python
 
 # In a process of its own: what was on a dead worker stays unusable for as long as a process lives.
 BEGIN = """
-import os, signal, sys, threading
+import atexit, os, signal, sys, threading
 import llama_moe
 from llama_moe import Context, Engine, Model, SamplingParams
-from llama_moe.errors import ClosedError, DecodeError, LlamaMoeError, PlacementError
+from llama_moe.errors import ClosedError, DecodeError, InvalidOptionError, LlamaMoeError, PlacementError, RequestTimeoutError
 from llama_moe.worker import Worker
 
 path = sys.argv[1]
@@ -24,6 +24,12 @@ ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
 def kill(worker):
     os.kill(worker.pid, signal.SIGKILL)
 
+def halt(worker):
+    os.kill(worker.pid, signal.SIGSTOP)
+
+def go_on(worker):
+    os.kill(worker.pid, signal.SIGCONT)
+
 def fails(error, action, *arguments):
     try:
         action(*arguments)
@@ -32,23 +38,27 @@ def fails(error, action, *arguments):
     raise AssertionError(f"{action} did not fail")
 
 worker = Worker(threads=1)
+atexit.register(kill, worker)  # one that is halted does not notice that we ended
 (device,) = llama_moe.add_rpc_device(worker.endpoint)
+NAME = f"device 'RPC0' ({worker.endpoint})"
+FAILED = f"{NAME} failed: its worker ended, or the connection to it broke"
+HANGS = f"{NAME} failed: its worker has not answered for"
 expected = llama_moe.load(path, experts="gpu", devices=[], context_size=256, threads=1, repack=False).generate("Hello", SHORT).tokens
 model = Model(path, experts="gpu", devices=device)
 engine = Engine(model, context_size=8192, threads=1)
 assert engine.generate("Hello", SHORT).tokens == expected
 """
 
-SCENARIOS = {
+DEATHS = {
     "while a stream is read": """
         other = Engine(model, context_size=256, threads=1)
         context = Context(model, context_size=256, threads=1)
         stream = engine.stream("Hello", ENDLESS)
         next(stream)
         kill(worker)
-        assert "a device failed and the engine is lost" in fails(DecodeError, list, stream)
+        assert f"the engine is lost: {FAILED}" in fails(DecodeError, list, stream)
         for use in (lambda: engine.generate("a", SHORT), lambda: other.generate("a", SHORT), lambda: context.decode([1])):
-            assert "a device failed" in fails(DecodeError, use)
+            assert FAILED in fails(DecodeError, use)
         assert f"device 'RPC0' ({worker.endpoint}) failed earlier" in fails(PlacementError, lambda: Model(path, devices=[device]))
         assert f"the RPC worker at {worker.endpoint} failed earlier" in fails(LlamaMoeError, llama_moe.add_rpc_device, worker.endpoint)
         (dead,) = [found for found in llama_moe.devices() if found.name == "RPC0"]
@@ -62,12 +72,12 @@ SCENARIOS = {
             while True:
                 context.clear()
                 context.decode([7] * 1000)
-        assert "a device failed" in fails(DecodeError, decode)
+        assert FAILED in fails(DecodeError, decode)
         assert "lost" in fails(DecodeError, context.decode, [1])
     """,
     "between two requests": """
         kill(worker)
-        assert "a device failed" in fails(DecodeError, lambda: engine.generate("Hello", SHORT))
+        assert FAILED in fails(DecodeError, lambda: engine.generate("Hello", SHORT))
     """,
     "before everything is closed": """
         second = Engine(model, context_size=256, threads=1)
@@ -80,7 +90,7 @@ SCENARIOS = {
     """,
     "before a load": """
         kill(worker)
-        assert "a device failed" in fails(LlamaMoeError, lambda: Model(path, devices=[device]))
+        assert FAILED in fails(LlamaMoeError, lambda: Model(path, devices=[device]))
         assert "failed earlier" in fails(PlacementError, lambda: Model(path, devices=[device]))
         with Model(path) as fresh:  # without being named it is not chosen
             assert set(fresh.placement.by_device()) == {"CPU"}
@@ -98,11 +108,61 @@ SCENARIOS = {
         stream = second.stream("Hello", ENDLESS)
         next(stream)
         kill(worker)
-        assert "a device failed" in fails(DecodeError, lambda: engine.generate("Hello", SHORT))
+        assert FAILED in fails(DecodeError, lambda: engine.generate("Hello", SHORT))
         assert next(stream).id >= 0
         stream.close()
         assert second.generate("Hello", SHORT).tokens == expected
         assert Engine(Model(path, experts="cpu", devices=good), context_size=256, threads=1).generate("Hello", SHORT).tokens == expected
+    """,
+}
+
+HANGS = {
+    "while a stream is read": """
+        llama_moe.add_rpc_device(worker.endpoint, answer_timeout=0.5)
+        other = Engine(model, context_size=256, threads=1)
+        stream = engine.stream("Hello", ENDLESS)
+        next(stream)
+        halt(worker)
+        assert f"the engine is lost: {HANGS}" in fails(DecodeError, list, stream)
+        for use in (lambda: engine.generate("a", SHORT), lambda: other.generate("a", SHORT)):
+            assert HANGS in fails(DecodeError, use)
+        assert f"{NAME} failed earlier" in fails(PlacementError, lambda: Model(path, devices=[device]))
+        for thing in (engine, other, model):
+            thing.close()
+    """,
+    "before a load": """
+        llama_moe.add_rpc_device(worker.endpoint, answer_timeout=0.5)
+        halt(worker)
+        assert HANGS in fails(DecodeError, lambda: Model(path, experts="gpu", devices=[device]))
+    """,
+    "shorter than its answer_timeout": """
+        halt(worker)
+        fails(RequestTimeoutError, lambda: engine.generate("Hello", SHORT, timeout=1))
+        go_on(worker)
+        assert engine.generate("Hello", SHORT).tokens == expected
+    """,
+    "and answers when it is asked": """
+        llama_moe.add_rpc_device(worker.endpoint, answer_timeout=0.5)
+        halt(worker)
+        threading.Timer(2, go_on, [worker]).start()
+        assert engine.generate("Hello", SHORT).tokens == expected
+    """,
+    "while everything is closed": """
+        second = Engine(model, context_size=256, threads=1)
+        context = Context(model, context_size=256, threads=1)
+        stream = engine.stream("Hello", ENDLESS)
+        next(stream)
+        halt(worker)
+        for thing in (engine, second, context, model):
+            thing.close()
+            assert thing.closed
+        list(stream)
+        assert stream.completion.finish_reason == "cancelled"
+    """,
+    "with an answer_timeout that cannot be": """
+        for value in (0, -1, float("nan"), float("inf")):
+            error = fails(InvalidOptionError, lambda: llama_moe.add_rpc_device(worker.endpoint, answer_timeout=value))
+            assert "it must be a number of seconds above 0" in error, error
     """,
 }
 
@@ -113,9 +173,20 @@ print("the process went on")
 """
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_process_goes_on_when_a_worker_dies(scenario: str, tiny_model: Callable[[str], Path]) -> None:
-    lines = SCENARIOS[scenario].strip("\n").splitlines()
+def run(scenario: str, path: Path) -> None:
+    lines = scenario.strip("\n").splitlines()
     middle = "\n".join(line.removeprefix(" " * 8) for line in lines)
-    done = run_python(BEGIN + middle + END, tiny_model("qwen3moe"))
+    done = run_python(BEGIN + middle + END, path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the process went on\n", "")
+
+
+@pytest.mark.parametrize("scenario", DEATHS)
+def test_the_process_goes_on_when_a_worker_dies(scenario: str, tiny_model: Callable[[str], Path]) -> None:
+    run(DEATHS[scenario], tiny_model("qwen3moe"))
+
+
+@pytest.mark.parametrize(
+    "scenario", [pytest.param(name, marks=pytest.mark.slow) if "closed" in name or "while" in name else name for name in HANGS]
+)
+def test_nobody_waits_for_ever_when_a_worker_hangs(scenario: str, tiny_model: Callable[[str], Path]) -> None:
+    run(HANGS[scenario], tiny_model("qwen3moe"))

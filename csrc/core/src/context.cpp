@@ -14,8 +14,9 @@
 
 namespace llama_moe {
 struct Context::State : std::enable_shared_from_this<Context::State> {
-    explicit State(const LoadedModel& model) : thread(model.devices) {}
+    explicit State(const LoadedModel& model) : devices(model.devices), thread(model.devices) {}
 
+    const std::vector<ggml_backend_dev_t> devices;
     std::unique_ptr<NativeContext> context;
     std::unique_ptr<Batch> batch;
     std::atomic<const std::atomic<bool>*> cancelled{nullptr};  // of the running call; unset between calls
@@ -369,12 +370,10 @@ void Context::close() {
         return;
     }
     try {
-        state_->thread.run([state = state_.get()] { state->context.reset(); });
+        state_->thread.run([state = state_.get()] { state->context.reset(); }, within_close_limit(state_->devices));
     } catch (const std::exception& error) {
-        // The context is on a device that failed: what it holds can only be left behind.
-        if (state_->context) {
-            state_->context->abandon();
-        }
+        // The context is on a device that failed or does not answer: what it holds can only be left behind. Should the device
+        // answer after all, that task frees it.
         new std::shared_ptr<State>(state_);
         log_line(LogLevel::error, std::string("a context could not be freed: ") + error.what());
     }

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
 #include <mutex>
 #include <set>
+#include <sstream>
 
 #include "backend.h"
 #include "failed_devices.h"
@@ -176,8 +178,14 @@ std::vector<Device> devices(const Poll& poll) {
     return *result;
 }
 
-std::vector<Device> add_rpc_device(const std::string& endpoint, const Poll& poll) {
+std::vector<Device> add_rpc_device(const std::string& endpoint, double answer_timeout, const Poll& poll) {
     start_backend();
+    constexpr double kLongest = 1e9;  // seconds: what the clock can count without overflow
+    if (!(answer_timeout > 0 && answer_timeout <= kLongest)) {
+        std::ostringstream message;
+        message << "answer_timeout is " << answer_timeout << "; it must be a number of seconds above 0, at most " << kLongest;
+        throw InvalidOptionError(message.str());
+    }
     const Endpoint address = parse_endpoint(endpoint);
     auto result = std::make_shared<std::vector<Device>>();
 
@@ -199,8 +207,9 @@ std::vector<Device> add_rpc_device(const std::string& endpoint, const Poll& poll
     check_listening(address, kConnectTimeout, poll);
 
     const auto deadline = std::chrono::steady_clock::now() + kHandshakeTimeout;
+    const std::chrono::milliseconds limit(std::llround(answer_timeout * 1000));
     run_native(
-        [endpoint, result] {
+        [endpoint, result, limit] {
             ggml_backend_reg_t reg = ggml_backend_rpc_add_server(endpoint.c_str());
             if (reg == nullptr) {
                 throw Error("the RPC worker at " + endpoint + " offers no device");
@@ -212,6 +221,7 @@ std::vector<Device> add_rpc_device(const std::string& endpoint, const Poll& poll
                 }
             }
             for (std::size_t i = 0; i < ggml_backend_reg_dev_count(reg); i++) {
+                set_answer_limit(ggml_backend_reg_dev_get(reg, i), limit);
                 result->push_back(describe(ggml_backend_reg_dev_get(reg, i)));
             }
         },

@@ -132,11 +132,13 @@ void EngineCore::run_tasks() {
             task = tasks_.front();
             tasks_.pop_front();
         }
+        set_native_call(true);
         try {
             task->work(*decoder_, *scheduler_);
         } catch (...) {
             task->error = std::current_exception();
         }
+        set_native_call(false);
         {
             std::lock_guard<std::mutex> lock(mutex_);
             task->done = true;
@@ -270,18 +272,20 @@ void EngineCore::run(std::function<void(Decoder&, Scheduler&)> work, const Poll&
 }
 
 void EngineCore::check_lost() {
+    std::string reason;
     {
         std::lock_guard<std::mutex> lock(mutex_);
         if (!native_call_ || !native_call_->gave_up() || failure_) {
             return;
         }
+        reason = native_call_->reason();
     }
-    fail_all(std::make_exception_ptr(DecodeError("a device failed and the engine is lost: " + AbortWatch::message())));
+    fail_all(std::make_exception_ptr(DecodeError("the engine is lost: " + reason)));
 }
 
 void EngineCore::close() {
     std::lock_guard<std::mutex> close_lock(close_mutex_);
-    bool lost = false;
+    std::string lost;
     {
         std::unique_lock<std::mutex> lock(mutex_);
         closed_ = true;
@@ -290,19 +294,22 @@ void EngineCore::close() {
         if (!thread_.joinable()) {
             return;
         }
-        while (!changed_.wait_for(lock, kPollInterval, [&] { return ended_; })) {
+        using Clock = std::chrono::steady_clock;
+        const auto deadline = any_remote(devices_) ? Clock::now() + kCloseLimit : Clock::time_point::max();
+        while (lost.empty() && !changed_.wait_for(lock, kPollInterval, [&] { return ended_; })) {
             if (native_call_ && native_call_->gave_up()) {
-                lost = true;
-                break;
+                lost = native_call_->reason();
+            } else if (Clock::now() > deadline) {
+                lost = not_answered(devices_);
             }
         }
     }
-    if (lost) {
-        fail_all(std::make_exception_ptr(DecodeError("a device failed: " + AbortWatch::message())));
-        thread_.detach();
-        log_line(LogLevel::error, "an engine could not be freed: its device failed");
-    } else {
+    if (lost.empty()) {
         thread_.join();
+    } else {
+        fail_all(std::make_exception_ptr(DecodeError("the engine is lost: " + lost)));
+        thread_.detach();
+        log_line(LogLevel::error, "an engine could not be freed: " + lost);
     }
 }
 

@@ -188,9 +188,9 @@ LoadedModel::~LoadedModel() {
     if (model == nullptr) {
         return;
     }
-    // On a thread that can be given up: freeing memory on a worker that died never returns.
+    // On a thread that can be given up: freeing memory on a worker that died or hangs never returns.
     try {
-        run_native([native = model] { llama_model_free(native); }, {}, {}, devices);
+        run_native([native = model] { llama_model_free(native); }, within_close_limit(devices), {}, devices);
     } catch (const std::exception& error) {
         log_line(LogLevel::error, std::string("a model could not be freed: ") + error.what());
     }

@@ -4,7 +4,6 @@
 
 #include <optional>
 
-#include "failed_devices.h"
 #include "ggml.h"
 #include "llama_moe/log.h"
 #include "llama_moe/process.h"
@@ -15,6 +14,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::seconds kAbortGrace{2};
+// How long a worker that is asked whether it still answers may take.
+constexpr std::chrono::seconds kPingLimit{5};
 // How long a wait that was interrupted stays for the task to stop, so that the usual case leaves nothing running.
 constexpr std::chrono::milliseconds kInterruptGrace{100};
 
@@ -69,16 +70,17 @@ AbortWatch::AbortWatch(std::vector<ggml_backend_dev_t> devices) : devices_(std::
 }
 
 bool AbortWatch::gave_up() {
-    if (any_failed(devices_)) {
-        return true;
-    }
+    return any_failed(devices_) || aborted() || unanswered();
+}
+
+bool AbortWatch::aborted() {
+    std::string message;
     std::uint64_t count = 0;
-    bool remote = false;
     {
         auto& aborts = foreign_aborts();
         std::lock_guard<std::mutex> lock(aborts.mutex);
         count = aborts.count;
-        remote = is_remote_failure(aborts.message);
+        message = aborts.message;
     }
     if (count == seen_) {
         return false;
@@ -89,12 +91,46 @@ bool AbortWatch::gave_up() {
     if (Clock::now() - noticed_ <= kAbortGrace) {
         return false;
     }
-    if (remote && !find_failed(devices_)) {  // that was another call's worker
-        seen_ = count;
-        noticed_ = {};
+    if (!is_remote_failure(message)) {
+        return true;
+    }
+    const auto unclear = find_failed(devices_, message);
+    seen_ = count;
+    noticed_ = {};
+    if (!any_failed(devices_) && !unclear.empty()) {
+        ask(unclear);
+    }
+    return any_failed(devices_);  // else that was another call's worker
+}
+
+bool AbortWatch::unanswered() {
+    const auto now = Clock::now();
+    if (!ping_) {
+        if (any_remote(devices_) && now - heard_ > answer_limit(devices_)) {
+            ask(devices_);
+        }
         return false;
     }
+    if (ping_->missing().empty()) {  // the call only takes long
+        ping_.reset();
+        heard_ = now;
+        return false;
+    }
+    if (now - asked_ <= kPingLimit) {
+        return false;
+    }
+    ping_->fail_missing(std::chrono::duration_cast<std::chrono::seconds>(now - heard_));
     return true;
+}
+
+void AbortWatch::ask(const std::vector<ggml_backend_dev_t>& devices) {
+    ping_ = std::make_unique<Ping>(devices);
+    asked_ = Clock::now();
+}
+
+std::string AbortWatch::reason() const {
+    const std::string failed = describe_failed(devices_);
+    return failed.empty() ? "a device failed: " + message() : failed;
 }
 
 std::string AbortWatch::message() {
@@ -119,6 +155,7 @@ struct NativeThread::Shared {
     bool stopping = false;
     bool ended = false;
     bool lost = false;
+    std::string lost_reason;
 
     void work() {
         NativeScope scope;
@@ -151,6 +188,7 @@ struct NativeThread::Shared {
     void check_lost() {
         if (!lost && watch && watch->gave_up()) {
             lost = true;
+            lost_reason = watch->reason();
             changed.notify_all();
         }
     }
@@ -165,8 +203,13 @@ NativeThread::~NativeThread() {
     std::unique_lock<std::mutex> lock(shared_->mutex);
     shared_->stopping = true;
     shared_->changed.notify_all();
+    const auto deadline = any_remote(shared_->devices) ? Clock::now() + kCloseLimit : Clock::time_point::max();
     while (!shared_->lost && !shared_->changed.wait_for(lock, kPollInterval, [&] { return shared_->ended; })) {
         shared_->check_lost();
+        if (!shared_->lost && Clock::now() > deadline) {
+            shared_->lost = true;
+            shared_->lost_reason = not_answered(shared_->devices);
+        }
     }
     const bool lost = shared_->lost;
     lock.unlock();
@@ -189,7 +232,7 @@ void NativeThread::run(std::function<void()> task, const Poll& poll, const std::
 
     std::unique_lock<std::mutex> lock(shared_->mutex);
     if (shared_->lost) {
-        throw DecodeError("this object was lost when a device failed: " + AbortWatch::message());
+        throw DecodeError("this object was lost: " + shared_->lost_reason);
     }
     shared_->jobs.push_back(job);
     shared_->changed.notify_all();
@@ -217,7 +260,7 @@ void NativeThread::run(std::function<void()> task, const Poll& poll, const std::
         throw;
     }
     if (!job->done) {
-        throw DecodeError("a device failed: " + AbortWatch::message());
+        throw DecodeError(shared_->lost_reason);
     }
     if (job->error) {
         std::rethrow_exception(std::move(job->error));  // moved, here and below: the caller alone owns what it catches
@@ -253,7 +296,7 @@ void run_native(std::function<void()> task, const Poll& poll, const std::functio
 
     const auto check = [&] {
         if (watch.gave_up()) {
-            throw DecodeError("a device failed: " + AbortWatch::message());
+            throw DecodeError(watch.reason());
         }
         if (poll) {
             poll();

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "failed_devices.h"
 #include "ggml-backend.h"
 #include "llama_moe/error.h"
 #include "llama_moe/wait.h"
@@ -43,14 +44,26 @@ class AbortWatch {
     // `devices`: those that the call may use.
     explicit AbortWatch(std::vector<ggml_backend_dev_t> devices = {});
     // True once some foreign thread was parked after this watch was made and a grace period has passed since. The
-    // grace period lets calls that had nothing to do with that thread end. True at once when one of the devices has failed.
+    // grace period lets calls that had nothing to do with that thread end. True at once when one of the devices has failed,
+    // and when one, asked because the call takes long, does not answer (failed_devices.h).
     bool gave_up();
+    // Why, for people: the devices that failed, or else the abort.
+    std::string reason() const;
+    // The last abort of a foreign thread.
     static std::string message();
 
    private:
+    using Clock = std::chrono::steady_clock;
+    bool aborted();
+    bool unanswered();
+    void ask(const std::vector<ggml_backend_dev_t>& devices);
+
     std::vector<ggml_backend_dev_t> devices_;
     std::uint64_t seen_;
-    std::chrono::steady_clock::time_point noticed_{};
+    Clock::time_point noticed_{};
+    Clock::time_point heard_ = Clock::now();  // when the call began, or all workers answered
+    Clock::time_point asked_{};
+    std::unique_ptr<Ping> ping_;
 };
 
 // A thread of ours that makes llama.cpp calls one after the other, so that callers can wait with a poll, leave early,
@@ -58,7 +71,8 @@ class AbortWatch {
 class NativeThread {
    public:
     explicit NativeThread(std::vector<ggml_backend_dev_t> devices = {});  // those that its tasks may use
-    ~NativeThread();  // waits for what runs, unless that will never end
+    // Waits for what runs, unless that will never end; for workers no longer than kCloseLimit.
+    ~NativeThread();
     NativeThread(const NativeThread&) = delete;
     NativeThread& operator=(const NativeThread&) = delete;
 

@@ -8,8 +8,11 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <memory>
+#include <system_error>
 
 #include "llama_moe/error.h"
 
@@ -60,6 +63,49 @@ int try_connect(const addrinfo& address, std::chrono::milliseconds timeout, cons
     return error;
 }
 
+using Addresses = std::unique_ptr<addrinfo, decltype(&::freeaddrinfo)>;
+
+// Null when there are none; `failure` is getaddrinfo's result.
+Addresses resolve(const Endpoint& endpoint, int& failure) {
+    addrinfo hints{};
+    hints.ai_family = AF_UNSPEC;
+    hints.ai_socktype = SOCK_STREAM;
+    addrinfo* found = nullptr;
+    failure = ::getaddrinfo(endpoint.host.c_str(), std::to_string(endpoint.port).c_str(), &hints, &found);
+    return {failure == 0 ? found : nullptr, ::freeaddrinfo};
+}
+
+bool same_address(const sockaddr_storage& one, const sockaddr* other) {
+    if (one.ss_family != other->sa_family) {
+        return false;
+    }
+    if (one.ss_family == AF_INET) {
+        const auto& a = reinterpret_cast<const sockaddr_in&>(one);
+        const auto& b = *reinterpret_cast<const sockaddr_in*>(other);
+        return a.sin_port == b.sin_port && a.sin_addr.s_addr == b.sin_addr.s_addr;
+    }
+    if (one.ss_family == AF_INET6) {
+        const auto& a = reinterpret_cast<const sockaddr_in6&>(one);
+        const auto& b = *reinterpret_cast<const sockaddr_in6*>(other);
+        return a.sin6_port == b.sin6_port && std::memcmp(&a.sin6_addr, &b.sin6_addr, sizeof(a.sin6_addr)) == 0;
+    }
+    return false;
+}
+
+bool peer_is(int fd, const addrinfo* addresses) {
+    sockaddr_storage peer{};
+    socklen_t size = sizeof(peer);
+    if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) != 0) {
+        return false;  // no socket, or not connected any more
+    }
+    for (const addrinfo* address = addresses; address != nullptr; address = address->ai_next) {
+        if (same_address(peer, address->ai_addr)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 }  // namespace
 
 Endpoint parse_endpoint(const std::string& text) {
@@ -74,24 +120,37 @@ Endpoint parse_endpoint(const std::string& text) {
 }
 
 void check_listening(const Endpoint& endpoint, std::chrono::milliseconds timeout, const Poll& poll) {
-    addrinfo hints{};
-    hints.ai_family = AF_UNSPEC;
-    hints.ai_socktype = SOCK_STREAM;
-    addrinfo* found = nullptr;
     const std::string name = endpoint.host + ":" + std::to_string(endpoint.port);
-    const int failure = ::getaddrinfo(endpoint.host.c_str(), std::to_string(endpoint.port).c_str(), &hints, &found);
+    int failure = 0;
+    const Addresses addresses = resolve(endpoint, failure);
     if (failure != 0) {
         throw Error("no RPC worker at " + name + ": " + ::gai_strerror(failure));
     }
-    const std::unique_ptr<addrinfo, decltype(&::freeaddrinfo)> addresses(found, ::freeaddrinfo);
     int error = 0;
-    for (const addrinfo* address = found; address != nullptr; address = address->ai_next) {
+    for (const addrinfo* address = addresses.get(); address != nullptr; address = address->ai_next) {
         error = try_connect(*address, timeout, poll);
         if (error == 0) {
             return;
         }
     }
     throw Error("no RPC worker at " + name + ": " + std::strerror(error) + "; start one with `llama-moe worker --bind " + name + "`");
+}
+
+bool connected(const Endpoint& endpoint) {
+    int failure = 0;
+    const Addresses addresses = resolve(endpoint, failure);
+    std::error_code error;
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd", error)) {
+        const int fd = std::atoi(entry.path().filename().c_str());
+        if (!peer_is(fd, addresses.get())) {
+            continue;
+        }
+        pollfd state{fd, POLLRDHUP, 0};
+        if (::poll(&state, 1, 0) >= 0 && (state.revents & (POLLRDHUP | POLLHUP | POLLERR)) == 0) {
+            return true;
+        }
+    }
+    return false;
 }
 
 }  // namespace llama_moe

@@ -26,7 +26,9 @@ void start_backend();
 std::vector<Device> devices(const Poll& poll = {});
 
 // Connects to a llama.cpp RPC worker at "host:port" and registers its devices; a second call returns the same ones.
-std::vector<Device> add_rpc_device(const std::string& endpoint, const Poll& poll = {});
+// `answer_timeout`: seconds after which a call that waits for the worker asks it whether it still answers.
+constexpr double kAnswerTimeout = 300;
+std::vector<Device> add_rpc_device(const std::string& endpoint, double answer_timeout = kAnswerTimeout, const Poll& poll = {});
 
 // Serves this machine's devices to RPC clients; returns only by throwing.
 [[noreturn]] void run_worker(const std::string& endpoint, int threads, const std::optional<std::string>& cache_dir);
