@@ -31,7 +31,7 @@ NATIVE_SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc third_party -p
 SETUP := $(BUILD)/setup$(if $(WERROR),-werror-$(WERROR)).stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-python test-cpp test-asan test-tsan lint format typecheck stubs check-stubs bench sdist wheel clean distclean
+.PHONY: help setup demo test test-python test-cpp test-asan test-tsan test-vulkan lint format typecheck stubs check-stubs bench sdist wheel clean distclean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,6 +75,29 @@ test-asan test-tsan: test-%: setup
 	@$(if $(filter tsan,$*),setarch --addr-no-randomize) $(CTEST) --test-dir build/$*
 test-asan: ## the core's tests under the address and undefined behaviour sanitizers
 test-tsan: ## the core's tests under the thread sanitizer
+
+# A build of its own with an environment of its own: the module of `make setup` stays what it is. Mesa's lavapipe is a Vulkan
+# device that computes on the CPU; VK_DRIVER_FILES= (empty) tests the machine's own GPU.
+VULKAN_SETUP := build/vulkan-venv/setup.stamp
+VULKAN_PACKAGES := glslc libvulkan-dev mesa-vulkan-drivers spirv-headers
+VK_DRIVER_FILES ?= $(firstword $(wildcard /usr/share/vulkan/icd.d/lvp_icd*.json))
+GGML_VK_VISIBLE_DEVICES ?= 0
+
+test-vulkan: $(VULKAN_SETUP) ## placements on a Vulkan device, a GPU or Mesa's software one; builds for minutes the first time
+	@$(if $(VK_DRIVER_FILES),VK_DRIVER_FILES=$(VK_DRIVER_FILES) VK_ICD_FILENAMES=$(VK_DRIVER_FILES)) GGML_VK_VISIBLE_DEVICES=$(GGML_VK_VISIBLE_DEVICES) \
+	  build/vulkan-venv/bin/python -m pytest -m vulkan tests/vulkan
+
+$(VULKAN_SETUP): $(NATIVE_SOURCES)
+	@if command -v dpkg apt-get >/dev/null && ! dpkg --status $(VULKAN_PACKAGES) >/dev/null 2>&1; then \
+	  if [ "$$(id -u)" = 0 ]; then apt-get install --quiet --yes --no-install-recommends $(VULKAN_PACKAGES); \
+	  else echo "a Vulkan build needs these packages: $(VULKAN_PACKAGES)" >&2; exit 1; fi; fi
+	@test -x build/vulkan-venv/bin/python || $(PYTHON) -m venv build/vulkan-venv
+	@echo "==> building llama.cpp's Vulkan backend and llama_moe (the first time takes minutes)"
+	@include=$$($(PYTHON) third_party/fetch_vulkan_headers.py) && \
+	  build/vulkan-venv/bin/python -m pip install --quiet --disable-pip-version-check --config-settings=build-dir=build/vulkan \
+	    --config-settings=cmake.define.GGML_VULKAN=ON --config-settings=cmake.define.Vulkan_INCLUDE_DIR="$$include" \
+	    --config-settings=cmake.define.LLAMA_MOE_DEV_INPLACE=OFF --editable '.[test]'
+	@touch $@
 
 lint: setup ## ruff: rules and format
 	@$(BIN)/ruff check .
