@@ -75,7 +75,9 @@ def test_layers_are_split_over_both(path: Path, pair: tuple[Device, Device], alo
 
 
 @pytest.mark.parametrize("spelling", ["name", "endpoint"])
-def test_a_rule_puts_experts_on_the_device_that_it_names(spelling: str, path: Path, pair: tuple[Device, Device], alone: tuple[int, ...]) -> None:
+def test_a_rule_puts_experts_on_the_device_that_it_names(
+    spelling: str, path: Path, pair: tuple[Device, Device], alone: tuple[int, ...]
+) -> None:
     one, two = (device.name if spelling == "name" else device.description for device in pair)
     policy = ExpertPlacement.rules([(r"blk\.[02]\..*_exps", one), (r"blk\.3\..*_exps", "CPU"), ("_exps", two)])
     with Model(path, experts=policy, devices=pair, host_memory="pageable", repack=False) as model:
