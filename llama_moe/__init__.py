@@ -33,6 +33,7 @@ from .loading import load
 from .memory import MemoryReport
 from .model import Model
 from .placement import ExpertPlacement, Placement, TensorPlacement
+from .planning import DeviceSpec, Plan, plan
 from .results import Completion, FinishReason, Timings, Token
 from .sampling import SamplingParams
 from .scoring import Pooling, Score
@@ -71,6 +72,7 @@ __all__ = [
     "Completion",
     "Context",
     "Device",
+    "DeviceSpec",
     "Engine",
     "ExpertPlacement",
     "FinishReason",
@@ -81,6 +83,7 @@ __all__ = [
     "Model",
     "ModelInfo",
     "Placement",
+    "Plan",
     "Pooling",
     "Profile",
     "Prompt",
@@ -112,6 +115,7 @@ __all__ = [
     "imatrix",
     "inspect",
     "load",
+    "plan",
     "quantization_types",
     "quantize",
     "tensor_types",

@@ -16,7 +16,7 @@ ValueT = TypeVar("ValueT")
 ValueT_co = TypeVar("ValueT_co", covariant=True)
 
 # Largest values of the native fields that are not 32-bit signed integers.
-_UNSIGNED = {"seed": (1 << 32) - 1, "fit_context_tokens": (1 << 64) - 1}
+_UNSIGNED = {"seed": (1 << 32) - 1}
 _OWN_CHOICE = ("threads", "threads_batch", "context_pool")
 
 

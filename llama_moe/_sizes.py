@@ -47,6 +47,25 @@ def parse_size(value: SupportsIndex | str, name: str = "size") -> int:
     return number
 
 
+def parse_rate(value: float | str, name: str = "bandwidth") -> float:
+    """Bytes per second of `value`: a number, or a size with "/s" ("448GB/s").
+
+    Raises:
+        InvalidOptionError: the text is not a rate, or the number is not positive. `name` says which option it was.
+        TypeError: neither text nor a number.
+    """
+    if isinstance(value, str):
+        size, slash, unit = value.rpartition("/")
+        if slash and unit.strip() == "s" and _SIZE.fullmatch(size):
+            return float(parse_size(size, name))
+        raise InvalidOptionError(f"{name}: {value!r} is not a rate; expected bytes per second as a number, or text such as '448GB/s'")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be bytes per second as a number, or text such as '448GB/s', not {value!r}")
+    if not value > 0:
+        raise InvalidOptionError(f"{name}: {value} is not a rate; it must be more than 0")
+    return float(value)
+
+
 def format_size(size: int) -> str:
     """`size` bytes for a person, in the largest unit up to GiB that makes at least 1."""
     if size >= GIB:

@@ -6,6 +6,11 @@ wrong type is a `TypeError`. The native module raises these classes too: it look
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
 __all__ = [
     "CancelledError",
     "ClosedError",
@@ -35,7 +40,17 @@ class PlacementError(LlamaMoeError, ValueError):
 
 
 class DoesNotFitError(LlamaMoeError):
-    """The model does not fit in the memory it may use; the message has the numbers."""
+    """The model does not fit in the memory it may use; the message has the numbers.
+
+    Attributes:
+        shortfall: bytes missing on each device that is too small, "CPU" being host memory; empty where only a failed allocation is known.
+        changes: options with which it would fit, each alone, such as "context_size=2048".
+    """
+
+    def __init__(self, message: str, *, shortfall: Mapping[str, int] | None = None, changes: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.shortfall = dict(shortfall or {})
+        self.changes = tuple(changes)
 
 
 class ContextFullError(LlamaMoeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from . import _core, _logging, _table
 from ._sizes import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import TypeAlias
 
     from .placement import TensorRole
@@ -83,6 +85,18 @@ class ModelInfo:
         return f"<ModelInfo {self.path!r}: {self.architecture}, {self.layer_count} layers{experts}, {format_size(self.size_bytes)}>"
 
 
+@contextlib.contextmanager
+def header_file(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Gives a file of this machine with the header of `path`, which may be a file, a URL or a file on the Hugging Face hub."""
+    if not isinstance(path, str) or Path(path).exists():
+        yield os.fspath(path)
+        return
+    from .remote import local_header  # late: HTTP takes longer to import than this package
+
+    with local_header(path) as header:
+        yield os.fspath(header)
+
+
 def inspect(path: str | os.PathLike[str]) -> ModelInfo:
     """Reads the header of a GGUF file; of all files of a split model, given the first.
 
@@ -95,18 +109,10 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
         ModelLoadError: not GGUF, truncated or corrupted; or a server does not let it be read.
     """
     _logging.sync_level()
-    if not isinstance(path, str) or Path(path).exists():
-        return _read(path, os.fspath(path))
-    from .remote import local_header  # late: HTTP takes longer to import than this package
-
-    with local_header(path) as header:
-        return _read(header, path)
-
-
-def _read(path: str | os.PathLike[str], name: str) -> ModelInfo:
-    info = _core.read_gguf(os.fspath(path))
+    with header_file(path) as header:
+        info = _core.read_gguf(header)
     return ModelInfo(
-        path=name,
+        path=os.fspath(path),
         architecture=info.architecture,
         metadata=info.metadata,
         tensors=tuple(

@@ -8,8 +8,7 @@ from . import _core
 from ._options import Default, fill_context
 from ._tunable import Tunable, with_profile
 from .engine import Engine
-from .inspection import inspect
-from .model import Model
+from .model import Model, model_options
 from .speculative import speculation_options
 
 if TYPE_CHECKING:
@@ -48,7 +47,8 @@ def load(
 ) -> Engine:
     """Loads a model and returns an engine over it; closing the engine closes the model.
 
-    The arguments are those of `Model` and `Engine`, and so are the errors. `experts="fit"` leaves room for the whole KV cache.
+    The arguments are those of `Model` and `Engine`, and so are the errors. `experts="fit"` leaves room for all that
+    the engine takes.
 
     With `profile="auto"`, those of `experts`, `micro_batch_size`, `threads`, `threads_batch`, `repack` and `host_memory` that are not given
     are what `tune()` found best for this model, machine, `context_size` and `max_sequences`. The log says what was used, or that there is
@@ -66,8 +66,7 @@ def load(
         context_size=context_size,
         max_sequences=max_sequences,
     )
-    # What is wrong with the engine's options is said before the load, which may take minutes.
-    fill_context(
+    engine_options = fill_context(
         _core.EngineOptions(),
         context_size=context_size,
         context_pool=context_pool,
@@ -81,18 +80,17 @@ def load(
         flash_attention=flash_attention,
         offload_kv=offload_kv,
         **speculation_options(speculative),
-    ).validate()
-    model = Model(
-        path,
-        experts=experts,
+    )
+    engine_options.validate()  # what is wrong with them is said before the load, which may take minutes
+    options = model_options(
         devices=devices,
         gpu_layers=gpu_layers,
         host_memory=host_memory,
         repack=repack,
         check_tensors=check_tensors,
-        fit_context_tokens=context_pool or (context_size or _trained_context(path)) * max_sequences,
-        on_progress=on_progress,
+        fit_for=engine_options,
     )
+    model = Model._load_for(path, experts, options, on_progress)
     try:
         engine = Engine(
             model,
@@ -114,9 +112,3 @@ def load(
         raise
     engine._owns_model = True
     return engine
-
-
-def _trained_context(path: StrPath) -> int:
-    info = inspect(path)
-    length = info.metadata.get(f"{info.architecture}.context_length")
-    return length if isinstance(length, int) else 0

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from . import _core, _logging
-from ._options import fill
+from ._options import fill, fill_context
 from ._sizes import format_size
 from .chat import ChatTemplate
 from .devices import Device, device_name
@@ -48,7 +48,8 @@ class Model:
         repack: let llama.cpp rearrange weights on the CPU for its vector kernels. Quicker at single tokens, and slower at long prompts for
             the experts of many models; it costs a copy in memory.
         check_tensors: look for invalid values while loading; slow.
-        fit_context_tokens: tokens of KV cache, of all sequences together, that "fit" leaves room for.
+        fit_context_tokens: tokens of context that "fit" leaves room for, as one sequence of an engine with default options. (`load` knows
+            its engine and leaves room for that.)
         on_progress: called on this thread with the share loaded, 0 to 1.
 
     Raises:
@@ -69,18 +70,32 @@ class Model:
         host_memory: HostMemory = "mmap",
         repack: bool = True,
         check_tensors: bool = False,
-        fit_context_tokens: int = 0,
+        fit_context_tokens: int = 512,
         on_progress: Callable[[float], object] | None = None,
     ) -> None:
-        _logging.sync_level()
         options = model_options(
             devices=devices,
             gpu_layers=gpu_layers,
             host_memory=host_memory,
             repack=repack,
             check_tensors=check_tensors,
-            fit_context_tokens=fit_context_tokens,
+            fit_for=fill_context(_core.EngineOptions(), context_size=fit_context_tokens),
         )
+        self._load(path, experts, options, on_progress)
+
+    @classmethod
+    def _load_for(
+        cls, path: StrPath, experts: PlacementLike, options: _core.ModelOptions, on_progress: Callable[[float], object] | None
+    ) -> Self:
+        """A model loaded for the engine that the options name."""
+        model = cls.__new__(cls)
+        model._load(path, experts, options, on_progress)
+        return model
+
+    def _load(
+        self, path: StrPath, experts: PlacementLike, options: _core.ModelOptions, on_progress: Callable[[float], object] | None
+    ) -> None:
+        _logging.sync_level()
         policy = as_placement(experts)._to_native()
         self._native = _core.Model.load(os.fspath(path), options, policy, on_progress)
         self._placement: Placement | None = None
@@ -245,7 +260,7 @@ def model_options(
     host_memory: HostMemory = "mmap",
     repack: bool = True,
     check_tensors: bool = False,
-    fit_context_tokens: int = 0,
+    fit_for: _core.EngineOptions | None = None,
 ) -> _core.ModelOptions:
     """The native options of a load."""
     if isinstance(gpu_layers, str) and gpu_layers != "all":
@@ -261,16 +276,14 @@ def model_options(
             "host_memory": host_memory,
             "repack": repack,
             "check_tensors": check_tensors,
-            "fit_context_tokens": fit_context_tokens,
+            "fit_for": fit_for or _core.EngineOptions(),
         },
     )
 
 
-def resolve_placement(
-    path: StrPath, *, experts: PlacementLike, devices: DevicesLike | None = None, fit_context_tokens: int = 0
-) -> Placement:
+def resolve_placement(path: StrPath, *, experts: PlacementLike, devices: DevicesLike | None = None) -> Placement:
     """Where each tensor would go, read from the file's header; nothing is loaded."""
-    options = model_options(devices=devices, fit_context_tokens=fit_context_tokens)
+    options = model_options(devices=devices)
     return Placement._from_native(_core.resolve_placement(os.fspath(path), options, as_placement(experts)._to_native()))
 
 

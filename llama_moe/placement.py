@@ -97,13 +97,21 @@ class ExpertPlacement:
         vram: SupportsIndex | str | None = None,
         ram: SupportsIndex | str | None = None,
         reserve: SupportsIndex | str = _RESERVE,
+        rules: Iterable[tuple[str, Device | str]] = (),
     ) -> ExpertPlacement:
-        """As many experts on the accelerators as fit, the rest in host memory.
+        """As many experts on the accelerators as fit, the rest in host memory: the fewer bytes the CPU reads for a token, the quicker.
+
+        Weights, KV cache and compute buffers are what llama.cpp's dry run says of the model and the engine it is loaded for, so what fits
+        also loads. Whole layers stay on their accelerator, from its last one down, and of the first that does not fit what does. Layers
+        are shared out among several accelerators so that most experts stay. Everything else is as the caller fixed it: `gpu_layers`, the
+        place of the KV cache, `rules`. When that leaves no placement, loading raises `DoesNotFitError`, which says what is missing where,
+        and what would help.
 
         Args:
-            vram: memory to use on each accelerator, as bytes or text such as "8GiB"; default: what is free.
+            vram: memory to use on each accelerator, as bytes or text such as "8GiB", of what is free; default: all that is free.
             ram: host memory to use; default: what is available.
-            reserve: memory to leave on each accelerator for compute buffers and whatever else needs it; default: "512MiB".
+            reserve: memory to leave free on each accelerator; default: "512MiB".
+            rules: tensors that have a place already, as for `rules()`.
 
         Raises:
             InvalidOptionError: a size is negative or no size.
@@ -113,6 +121,7 @@ class ExpertPlacement:
             vram=None if vram is None else parse_size(vram, "vram"),
             ram=None if ram is None else parse_size(ram, "ram"),
             reserve=parse_size(reserve, "reserve"),
+            patterns=tuple(_check_rule(rule) for rule in rules),
         )
 
     def __repr__(self) -> str:
@@ -126,6 +135,7 @@ class ExpertPlacement:
         elif self.kind == "fit":
             sizes = (("vram", self.vram), ("ram", self.ram), ("reserve", self.reserve))
             arguments += [f"{name}={size}" for name, size in sizes if size is not None]
+            arguments += [f"rules={list(self.patterns)}"] if self.patterns else []
         if self.projections != _PROJECTIONS:
             arguments.append(f"projections={self.projections}")
         return f"ExpertPlacement.{self.kind}({', '.join(arguments)})"
@@ -145,7 +155,7 @@ class ExpertPlacement:
             return policy.cpu_layers(list(self.layers), projections)
         if self.kind == "rules":
             return policy.rules(list(self.patterns))
-        return policy.fit(self.vram, self.ram, self.reserve)
+        return policy.fit(self.vram, self.ram, self.reserve, list(self.patterns))
 
 
 def _check_number(value: SupportsIndex, what: str) -> int:

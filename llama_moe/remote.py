@@ -93,7 +93,8 @@ def local_header(path: str | os.PathLike[str], *, timeout: float = 30.0) -> Iter
         except LlamaMoeError as error:
             if folder not in str(error):
                 raise
-            raise type(error)(str(error).replace(f"{folder}/", url.split("?")[0].rpartition("/")[0] + "/")) from None
+            error.args = (str(error).replace(f"{folder}/", url.split("?")[0].rpartition("/")[0] + "/"),)
+            raise
 
 
 # ---- the header

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from . import _core
 from ._placements import parse_placement
-from .benchmarking import bytes_on
 from .errors import DoesNotFitError
-from .model import resolve_placement
 from .placement import ExpertPlacement
+from .planning import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .devices import Device
     from .inspection import ModelInfo
+    from .planning import Plan
     from .profiles import Objective, TunedOptions
     from .trials import TrialTask
 
@@ -86,15 +86,9 @@ class Space:
         return [replace(best, micro_batch_size=size) for size in sizes if size != best.micro_batch_size]
 
     def layers_that_fit(self) -> int:
-        """How many layers' experts "fit" puts into host memory; all if it finds no way."""
+        """How many layers' experts "fit" puts into host memory, in whole or in part; all if it finds no way."""
         try:
-            tokens = self._task.context_size * self._task.max_sequences
-            placement = resolve_placement(
-                self._task.path,
-                experts=parse_placement(self._default.experts),
-                devices=self._accelerators,
-                fit_context_tokens=tokens,
-            )
+            placement = self._plan(parse_placement(self._default.experts)).placement
         except DoesNotFitError:
             return self._info.layer_count
         where = {tensor.name: tensor.device for tensor in placement}
@@ -103,11 +97,17 @@ class Space:
         return len({tensor.layer for tensor in experts})
 
     def may_fit(self, count: int) -> bool:
-        """Whether the weights alone are within the limit that was given."""
+        """Whether the experts of so many layers in host memory leave what is within the limit that was given."""
         if self._vram is None:
             return True
-        placement = resolve_placement(self._task.path, experts=ExpertPlacement.cpu_first(count), devices=self._accelerators)
-        return all(bytes_on([device], placement.by_device()) <= self._vram for device in self._accelerators)
+        used = self._plan(ExpertPlacement.cpu_first(count)).memory.by_device()
+        return all(used.get(device.name, 0) <= self._vram for device in self._accelerators)
+
+    def _plan(self, experts: ExpertPlacement) -> Plan:
+        task = self._task
+        return plan(
+            task.path, experts=experts, devices=self._accelerators, context_size=task.context_size, max_sequences=task.max_sequences
+        )
 
 
 def _threads_of(options: TunedOptions) -> tuple[int, int]:

@@ -45,19 +45,6 @@ py::array_t<float> to_array(std::shared_ptr<Logits> logits) {
 }  // namespace
 
 void bind_context(py::module_& m) {
-    py::class_<ContextOptions>(m, "ContextOptions")
-        .def(py::init<>())
-        .def_readwrite("context_size", &ContextOptions::context_size)
-        .def_readwrite("max_sequences", &ContextOptions::max_sequences)
-        .def_readwrite("batch_size", &ContextOptions::batch_size)
-        .def_readwrite("micro_batch_size", &ContextOptions::micro_batch_size)
-        .def_readwrite("threads", &ContextOptions::threads)
-        .def_readwrite("threads_batch", &ContextOptions::threads_batch)
-        .def_readwrite("kv_type", &ContextOptions::kv_type)
-        .def_readwrite("flash_attention", &ContextOptions::flash_attention)
-        .def_readwrite("offload_kv", &ContextOptions::offload_kv)
-        .def("validate", &ContextOptions::validate);
-
     py::class_<ContextHandle> context(m, "Context");
     def_tracing(context);
     context

@@ -67,15 +67,6 @@ Pooling parse_pooling(const std::string& name) {
 }  // namespace
 
 void bind_engine(py::module_& m) {
-    py::class_<EngineOptions, ContextOptions>(m, "EngineOptions")
-        .def(py::init<>())
-        .def_readwrite("context_pool", &EngineOptions::context_pool)
-        .def_readwrite("max_queue", &EngineOptions::max_queue)
-        .def_readwrite("draft_tokens", &EngineOptions::draft_tokens)
-        .def_readwrite("draft_ngram", &EngineOptions::draft_ngram)
-        .def_readwrite("draft_min_probability", &EngineOptions::draft_min_probability)
-        .def("validate", &EngineOptions::validate);
-
     py::class_<GenerationResult>(m, "GenerationResult")
         .def_readonly("finish_reason", &GenerationResult::finish_reason)
         .def_readonly("prompt_tokens", &GenerationResult::prompt_tokens)

@@ -9,6 +9,17 @@ void raise(const char* module, const char* name, const char* message) {
     PyErr_SetString(type.ptr(), message);
 }
 
+// With the numbers as attributes.
+void raise(const DoesNotFitError& error) {
+    const py::object type = py::module_::import("llama_moe.errors").attr("DoesNotFitError");
+    py::dict missing;
+    for (const auto& shortfall : error.shortfalls) {
+        missing[py::str(shortfall.device)] = shortfall.missing();
+    }
+    const py::object raised = type(error.what(), py::arg("shortfall") = missing, py::arg("changes") = py::cast(error.changes));
+    PyErr_SetObject(type.ptr(), raised.ptr());
+}
+
 constexpr const char* kErrors = "llama_moe.errors";
 
 }  // namespace
@@ -22,7 +33,7 @@ void bind_errors(py::module_& /*m*/) {
         } catch (const PlacementError& e) {
             raise(kErrors, "PlacementError", e.what());
         } catch (const DoesNotFitError& e) {
-            raise(kErrors, "DoesNotFitError", e.what());
+            raise(e);
         } catch (const ContextFullError& e) {
             raise(kErrors, "ContextFullError", e.what());
         } catch (const DecodeError& e) {

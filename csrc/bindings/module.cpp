@@ -38,7 +38,9 @@ PYBIND11_MODULE(_core, m) {
     bind_logging(m);
     bind_devices(m);
     bind_gguf(m);
+    bind_options(m);
     bind_placement(m);
+    bind_plan(m);
     bind_model(m);
     bind_routing(m);
     bind_context(m);

@@ -53,30 +53,23 @@ void bind_placement(py::module_& m) {
             py::arg("rules"))
         .def_static(
             "fit",
-            [](std::optional<std::uint64_t> vram, std::optional<std::uint64_t> ram, std::uint64_t reserve) {
+            [](std::optional<std::uint64_t> vram, std::optional<std::uint64_t> ram, std::uint64_t reserve,
+               std::vector<std::pair<std::string, std::string>> rules) {
                 Policy policy;
                 policy.kind = Policy::Kind::fit;
+                policy.rules = std::move(rules);
                 policy.vram = vram;
                 policy.ram = ram;
                 policy.reserve = reserve;
                 return policy;
             },
-            py::arg("vram"), py::arg("ram"), py::arg("reserve"));
+            py::arg("vram"), py::arg("ram"), py::arg("reserve"), py::arg("rules"));
 
     py::class_<TensorPlacement>(m, "TensorPlacement")
         .def_readonly("name", &TensorPlacement::name)
         .def_readonly("device", &TensorPlacement::device)
         .def_property_readonly("role", [](const TensorPlacement& tensor) { return std::string(role_name(tensor.role)); })
         .def_readonly("bytes", &TensorPlacement::bytes);
-
-    py::class_<ModelOptions>(m, "ModelOptions")
-        .def(py::init<>())
-        .def_readwrite("devices", &ModelOptions::devices)
-        .def_readwrite("gpu_layers", &ModelOptions::gpu_layers)
-        .def_readwrite("host_memory", &ModelOptions::host_memory)
-        .def_readwrite("repack", &ModelOptions::repack)
-        .def_readwrite("check_tensors", &ModelOptions::check_tensors)
-        .def_readwrite("fit_context_tokens", &ModelOptions::fit_context_tokens);
 
     m.def(
         "resolve_placement",

@@ -129,6 +129,59 @@ def run(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="GGUF file, its URL, or OWNER/REPOSITORY/FILE of Hugging Face; only the header is read."),
+    ],
+    *,
+    vram: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vram",
+            metavar="SIZE",
+            help="Plan for a GPU of this size, such as 8GiB. May be given several times.",
+        ),
+    ] = None,
+    ram: Annotated[str | None, typer.Option("--ram", metavar="SIZE", help="Host memory to use. Default: what is available.")] = None,
+    overhead: Annotated[str, typer.Option("--overhead", metavar="SIZE", help="What the driver takes of each --vram.")] = "512MiB",
+    bandwidth: Annotated[
+        str | None, typer.Option("--bandwidth", metavar="RATE", help="Of the memory of each --vram, such as 448GB/s, for predicted speeds.")
+    ] = None,
+    reserve: Annotated[str, typer.Option("--reserve", metavar="SIZE", help="What the fitted plan leaves free on each GPU.")] = "512MiB",
+    context_size: ContextSizeOption = 4096,
+    max_sequences: Annotated[int, typer.Option("--sequences", min=1, metavar="N", help="Sequences held at once.")] = 1,
+    kv_type: Annotated[str, typer.Option("--kv-type", metavar="TYPE", help="Number format of the KV cache, such as q8_0.")] = "f16",
+    gpu_layers: Annotated[int | None, typer.Option("--gpu-layers", min=0, metavar="N", help="Layers on the GPU. Default: all.")] = None,
+    rpc: RpcOption = None,
+    predict: Annotated[bool, typer.Option("--predict/--no-predict", help="Predict speeds; measures the machine the first time.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model will take, and how quick it will be, before loading it.
+
+    Three plans side by side: everything on the GPU, all experts in host memory, and as many experts on the GPU as fit. Nothing is loaded.
+    """
+    from .plan import show_plans
+
+    with exit_codes():
+        show_plans(
+            model,
+            vram=vram or [],
+            ram=ram,
+            overhead=overhead,
+            bandwidth=bandwidth,
+            reserve=reserve,
+            context_size=context_size,
+            max_sequences=max_sequences,
+            kv_type=kv_type,
+            gpu_layers=gpu_layers,
+            rpc=rpc or [],
+            predict=predict,
+            as_json=as_json,
+        )
+
+
+@app.command()
 def bench(
     model: ModelArgument,
     *,

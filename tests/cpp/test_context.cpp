@@ -16,6 +16,7 @@
 #include "tiny_model.h"
 
 using namespace llama_moe;
+using test::contains;
 
 namespace {
 
@@ -91,10 +92,6 @@ void check_close(const std::vector<float>& actual, const std::vector<float>& exp
 
 std::string invalid(Context& context, DecodeInput input) {
     return CHECK_THROWS(InvalidOptionError, context.decode(std::move(input)));
-}
-
-bool contains(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
 }
 
 }  // namespace

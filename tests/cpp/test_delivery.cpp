@@ -13,6 +13,7 @@
 #include "tiny_model.h"
 
 using namespace llama_moe;
+using test::contains;
 
 namespace {
 
@@ -64,10 +65,6 @@ Tokens read(Generation& generation, bool wait = true) {
 bool wait_until_readable(const Notifier& notifier) {
     pollfd watched{notifier.file_descriptor(), POLLIN, 0};
     return ::poll(&watched, 1, 60'000) == 1;
-}
-
-bool contains(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
 }
 
 }  // namespace

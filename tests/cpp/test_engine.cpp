@@ -22,6 +22,7 @@
 #include "tiny_model.h"
 
 using namespace llama_moe;
+using test::contains;
 
 namespace {
 
@@ -141,10 +142,6 @@ std::vector<std::int32_t> reference_tokens(const std::vector<std::int32_t>& prom
         tokens.push_back(next.front());
     }
     return tokens;
-}
-
-bool contains(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
 }
 
 }  // namespace

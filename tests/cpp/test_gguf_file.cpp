@@ -14,6 +14,7 @@
 #include "tiny_model.h"
 
 using namespace llama_moe;
+using test::contains;
 using test::GgufBuilder;
 using test::TempDir;
 
@@ -52,10 +53,6 @@ bool reads(const std::string& path) {
     } catch (const ModelLoadError&) {
         return false;
     }
-}
-
-bool contains(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
 }
 
 template <typename T>

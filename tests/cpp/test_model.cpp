@@ -19,6 +19,7 @@
 #include "tiny_model.h"
 
 using namespace llama_moe;
+using test::contains;
 
 namespace {
 
@@ -39,10 +40,6 @@ const PlacementPolicy kGpu = policy_of(PlacementPolicy::Kind::gpu);
 
 std::string load_error(const std::string& path) {
     return CHECK_THROWS(ModelLoadError, Model::load(path, on_cpu(), kGpu));
-}
-
-bool contains(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
 }
 
 struct Interrupt : std::runtime_error {

@@ -14,14 +14,11 @@
 #include "test_support.h"
 
 using namespace llama_moe;
+using test::contains;
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-bool contains(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
-}
 
 // What a poll throws for Ctrl-C.
 struct Interrupt : std::runtime_error {

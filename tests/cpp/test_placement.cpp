@@ -7,64 +7,20 @@
 #include "llama_moe/device.h"
 #include "llama_moe/error.h"
 #include "llama_moe/placement.h"
+#include "model_headers.h"
 #include "native_thread.h"
 #include "test_support.h"
 #include "tiny_model.h"
 
 using namespace llama_moe;
+using test::contains;
+using test::add_tensor;
+using test::dense_header;
+using test::kMiB;
+using test::moe_header;
 using Kind = PlacementPolicy::Kind;
 
 namespace {
-
-constexpr std::uint64_t kMiB = 1ull << 20;
-
-void add_tensor(GgufInfo& info, const std::string& name, std::uint64_t bytes, int layer = -1) {
-    TensorInfo tensor;
-    tensor.name = name;
-    tensor.type = "F32";
-    tensor.shape = {static_cast<std::int64_t>(bytes / 4)};
-    tensor.bytes = bytes;
-    tensor.layer = layer;
-    tensor.role = is_expert_tensor(name)                ? TensorRole::experts
-                  : name.rfind("token_embd.", 0) == 0 ? TensorRole::embedding
-                  : name.rfind("output.", 0) == 0     ? TensorRole::output
-                                                      : TensorRole::weights;
-    info.tensors.push_back(std::move(tensor));
-}
-
-// The header of a model: one MiB for each tensor, ten for each expert tensor.
-GgufInfo moe_header(int layers = 4) {
-    GgufInfo info;
-    info.path = "moe.gguf";
-    info.architecture = "llama";
-    info.layer_count = layers;
-    info.expert_count = 8;
-    info.experts_used = 2;
-    info.metadata["llama.embedding_length"] = std::uint64_t{64};
-    info.metadata["llama.attention.head_count"] = std::uint64_t{4};
-    info.metadata["llama.attention.head_count_kv"] = std::uint64_t{2};
-    add_tensor(info, "token_embd.weight", kMiB);
-    for (int layer = 0; layer < layers; layer++) {
-        const std::string block = "blk." + std::to_string(layer) + ".";
-        for (const char* name : {"attn_q.weight", "ffn_gate_inp.weight", "ffn_up_shexp.weight"}) {
-            add_tensor(info, block + name, kMiB, layer);
-        }
-        for (const char* name : {"ffn_up_exps.weight", "ffn_gate_exps.weight", "ffn_down_exps.weight"}) {
-            add_tensor(info, block + name, 10 * kMiB, layer);
-        }
-    }
-    add_tensor(info, "output_norm.weight", kMiB);
-    add_tensor(info, "output.weight", kMiB);
-    return info;
-}
-
-GgufInfo dense_header() {
-    auto info = moe_header();
-    info.expert_count = info.experts_used = 0;
-    info.tensors.erase(std::remove_if(info.tensors.begin(), info.tensors.end(), [](const auto& t) { return t.role == TensorRole::experts; }),
-                       info.tensors.end());
-    return info;
-}
 
 PlacementPolicy policy_of(Kind kind, int count = 0) {
     PlacementPolicy policy;
@@ -132,18 +88,6 @@ std::map<std::string, std::string> device_of(const ResolvedPlacement& placement)
         result[tensor.name + (tensor.role == TensorRole::output && tensor.name == "token_embd.weight" ? " (output)" : "")] = tensor.device;
     }
     return result;
-}
-
-std::uint64_t bytes_on(const ResolvedPlacement& placement, const std::string& device) {
-    std::uint64_t bytes = 0;
-    for (const auto& tensor : placement.tensors) {
-        bytes += tensor.device == device ? tensor.bytes : 0;
-    }
-    return bytes;
-}
-
-bool contains(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
 }
 
 }  // namespace
@@ -220,7 +164,6 @@ TEST_CASE("an expert policy on a dense model is an error that says so") {
         CHECK(contains(placement_error(dense_header(), policy), "'moe.gguf' (architecture llama) has no experts"));
     }
     CHECK(resolve(dense_header(), policy_of(Kind::gpu)).overrides.empty());
-    CHECK(resolve(dense_header(), policy_of(Kind::fit)).overrides.empty());
 }
 
 TEST_CASE("rules that are wrong are errors that show the rule") {
@@ -263,24 +206,6 @@ TEST_CASE("layers that llama.cpp does not load have no place") {
     CHECK_EQ(placement.tensors.size(), info.tensors.size() - 6);
     // "The last" layers are the last of those that are loaded.
     CHECK_EQ(matched(info, policy_of(Kind::cpu_last, 1)), experts_of(info, {2}));
-}
-
-TEST_CASE("fit on the host alone checks the memory it is given") {
-    const auto info = moe_header();
-    auto policy = policy_of(Kind::fit);
-    CHECK(contains(resolve(info, policy).summary, "all experts stay with their layers"));
-    std::uint64_t total = 0;
-    for (const auto& tensor : info.tensors) {
-        total += tensor.bytes;
-    }
-    auto options = on_cpu();
-    options.fit_context_tokens = 1024;
-    const std::uint64_t cache = 4 * 1024 * (2 * 2 * 16) * 2;  // layers, tokens, keys and values of 2 heads of 16, two bytes
-    policy.ram = total + cache;
-    resolve(info, policy, options);
-    policy.ram = total + cache - 1;
-    const auto message = CHECK_THROWS(DoesNotFitError, resolve(info, policy, options));
-    CHECK(contains(message, "'moe.gguf' does not fit even with all experts in host memory: CPU needs 0.13 GiB and has 0.13 GiB"));
 }
 
 TEST_CASE("a placement can be asked for by file, without loading it") {
@@ -350,44 +275,6 @@ ISOLATED_TEST_CASE("a tied embedding is listed on the host as input and on the a
     CHECK_EQ(devices.at("token_embd.weight (output)"), "RPC0");
     // On the CPU it is there once.
     CHECK_EQ(device_of(resolve(info, policy_of(Kind::gpu))).count("token_embd.weight (output)"), 0u);
-}
-
-ISOLATED_TEST_CASE("fit moves the experts of the fewest leading layers that make room") {
-    test::Worker worker;
-    add_rpc_device(worker.endpoint());
-    const auto info = moe_header();
-    auto policy = policy_of(Kind::fit);
-    policy.reserve = 3 * kMiB;
-    const auto needed = [&](int moved) {  // by hand: 3 tensors a layer and the output's 2 stay, 30 MiB of experts a layer
-        return (4 * 3 + 2 + static_cast<std::uint64_t>(4 - moved) * 30) * kMiB + policy.reserve;
-    };
-    for (int moved = 0; moved <= 4; moved++) {
-        for (const std::uint64_t spare : {std::uint64_t{0}, 30 * kMiB - 1}) {
-            if (moved == 0 && spare > 0) {
-                continue;
-            }
-            policy.vram = needed(moved) + spare;
-            const auto placement = resolve(info, policy, {});
-            CHECK_EQ(bytes_on(placement, "RPC0"), needed(moved) - policy.reserve);
-            CHECK_EQ(device_of(placement).at("blk.3.ffn_up_exps.weight"), moved == 4 ? "CPU" : "RPC0");
-            CHECK(contains(placement.summary, moved == 0 ? "all experts stay" : "first " + std::to_string(moved) + " of 4 layers"));
-        }
-    }
-    policy.vram = needed(4) - 1;
-    const auto message = CHECK_THROWS(DoesNotFitError, resolve(info, policy, {}));
-    CHECK(contains(message, "RPC0 needs 0.02 GiB and has 0.02 GiB"));
-
-    // Room for the KV cache, and the host's memory, count as well.
-    ModelOptions options;
-    options.fit_context_tokens = 64 * 1024;
-    policy.vram = needed(0);
-    CHECK(contains(resolve(info, policy, options).summary, "first 2 of 4"));  // 4 layers x 8 MiB of cache: more than one layer's experts
-    options.fit_context_tokens = 0;
-    policy.vram = needed(2);
-    policy.ram = 61 * kMiB;  // the embedding and two layers' experts
-    resolve(info, policy, options);
-    policy.ram = 61 * kMiB - 1;
-    CHECK(contains(CHECK_THROWS(DoesNotFitError, resolve(info, policy, options)), "CPU needs 0.12 GiB"));  // with the experts of all layers
 }
 
 ISOLATED_TEST_CASE("two accelerators share the layers as their memory says") {

@@ -25,6 +25,10 @@ std::vector<Case> & cases();
 // Counts a failed check and prints where it is and what it said.
 void fail(const char * file, int line, const std::string & what);
 
+inline bool contains(const std::string & text, const std::string & part) {
+    return text.find(part) != std::string::npos;
+}
+
 // Thrown by REQUIRE, to leave a case that cannot go on.
 struct Stop {};
 

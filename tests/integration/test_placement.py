@@ -12,9 +12,8 @@ from typing import Literal
 import gguf
 import pytest
 
-import llama_moe
 from llama_moe import Context, Device, Engine, ExpertPlacement, Model, Placement
-from llama_moe.errors import DoesNotFitError, InvalidOptionError, PlacementError
+from llama_moe.errors import InvalidOptionError, PlacementError
 from llama_moe.model import resolve_placement
 from tests.support.tiny_models import ARCHITECTURES, DENSE, MODELS
 
@@ -276,80 +275,3 @@ def test_a_rule_cannot_use_a_device_that_the_model_may_not(tiny_model: Paths, ac
 def test_a_model_option_out_of_range_is_an_error(options: dict[str, object], message: str, tiny_model: Paths) -> None:
     with pytest.raises(InvalidOptionError, match=message):
         Model(tiny_model(NAME), devices=[], **options)  # type: ignore[arg-type]
-
-
-# ---- fit
-
-
-@pytest.fixture
-def needed(tiny_model: Paths, accelerator: Device) -> Callable[[int], int]:
-    """Bytes of weights on the accelerator with the experts of the first n layers in host memory."""
-
-    def needed(layers: int) -> int:
-        placement = resolve_placement(tiny_model(NAME), experts=ExpertPlacement.cpu_first(layers), devices=accelerator)
-        return placement.by_device()[accelerator.name]
-
-    return needed
-
-
-def test_fit_keeps_all_experts_on_the_accelerator_when_they_fit(resolve: Resolve) -> None:
-    assert resolve("fit") == resolve("gpu")
-
-
-@pytest.mark.parametrize("layers", range(5))
-def test_fit_moves_the_fewest_leading_layers(
-    layers: int, resolve: Resolve, needed: Callable[[int], int], tiny_model: Paths, accelerator: Device
-) -> None:
-    exact = ExpertPlacement.fit(vram=needed(layers), reserve=0)
-    assert resolve(exact) == resolve(ExpertPlacement.cpu_first(layers))
-    with Model(tiny_model(NAME), experts=exact, devices=accelerator, host_memory="pageable", repack=False) as model:
-        assert model.placement == resolve(ExpertPlacement.cpu_first(layers))
-        assert model.memory().by_device() == llama_cpp_model_bytes(model)
-    one_byte_less = ExpertPlacement.fit(vram=needed(layers) - 1, reserve=0)
-    if layers < SPEC.layers:
-        assert resolve(one_byte_less) == resolve(ExpertPlacement.cpu_first(layers + 1))
-    else:
-        with pytest.raises(DoesNotFitError):
-            resolve(one_byte_less)
-
-
-def test_fit_leaves_the_reserve_free(resolve: Resolve, needed: Callable[[int], int]) -> None:
-    policy = ExpertPlacement.fit(vram=needed(1) + 1000, reserve=1001)
-    assert resolve(policy) == resolve(ExpertPlacement.cpu_first(2))
-
-
-def test_fit_leaves_room_for_the_kv_cache(tiny_model: Paths, needed: Callable[[int], int], accelerator: Device) -> None:
-    tokens = 512
-    kv_bytes = 2 * SPEC.layers * SPEC.kv_heads * SPEC.head_size * 2 * tokens  # keys and values of 2 bytes
-    for vram, layers in ((needed(1) + kv_bytes, 1), (needed(1) + kv_bytes - 1, 2)):
-        policy = ExpertPlacement.fit(vram=vram, reserve=0)
-        with llama_moe.load(
-            tiny_model(NAME), experts=policy, devices=accelerator, context_size=tokens // 2, max_sequences=2, threads=1
-        ) as engine:
-            assert experts_on(engine.model.placement, "CPU") == experts_of(SPEC.expert_tensors, *range(layers))
-            kv_cache = {row.device: row.bytes for row in engine.memory().rows if row.role == "kv_cache"}
-            assert kv_cache[accelerator.name] == kv_bytes
-
-
-def test_fit_that_cannot_be_says_what_is_missing_where(tiny_model: Paths, accelerator: Device) -> None:
-    policy = ExpertPlacement.fit(vram=1 << 20, reserve="1GiB")
-    missing = rf"{accelerator.name} needs 1\.00 GiB and has 0\.00 GiB \(1\.00 GiB short\)"
-    with pytest.raises(DoesNotFitError, match=rf"does not fit even with all experts in host memory: {missing}"):
-        Model(tiny_model(NAME), experts=policy, devices=accelerator)
-
-
-def test_fit_respects_the_limit_on_host_memory(resolve: Resolve, needed: Callable[[int], int]) -> None:
-    with pytest.raises(DoesNotFitError, match=r"CPU needs .* and has"):
-        resolve(ExpertPlacement.fit(vram=needed(2), ram=1000, reserve=0))
-
-
-def test_fit_is_fine_with_a_model_without_experts(tiny_model: Paths, accelerator: Device) -> None:
-    with Model(tiny_model(DENSE), devices=accelerator) as model:
-        assert model.placement == resolve_placement(tiny_model(DENSE), experts="gpu", devices=accelerator)
-    with pytest.raises(DoesNotFitError, match=accelerator.name):
-        Model(tiny_model(DENSE), experts=ExpertPlacement.fit(vram=1000, reserve=0), devices=accelerator)
-
-
-def test_fit_without_an_accelerator_keeps_everything_on_the_cpu(tiny_model: Paths) -> None:
-    with Model(tiny_model(NAME), devices=[]) as model:
-        assert set(model.placement.by_device()) == {"CPU"}

@@ -7,8 +7,6 @@
 
 namespace llama_moe {
 
-struct ModelOptions;
-
 // Names a device for people and for placements: "CPU" for host memory in every form, else ggml's name.
 std::string device_name(ggml_backend_dev_t device);
 // Where a buffer type's memory is. A GPU's pinned host buffer is host memory.
@@ -21,9 +19,6 @@ bool is_remote(ggml_backend_dev_t device);
 std::vector<ggml_backend_dev_t> remote_devices();
 // Those llama.cpp would use by default, in its order: RPC workers, GPUs, integrated GPUs when there is no other GPU.
 std::vector<ggml_backend_dev_t> default_accelerators();
-
-// Those a load may use.
-std::vector<ggml_backend_dev_t> chosen_accelerators(const ModelOptions& options);
 
 // Finds a device by name, by an RPC worker's endpoint, or "cpu", in any case; nullptr when there is none.
 ggml_backend_dev_t find_device(const std::string& name);

@@ -14,6 +14,7 @@
 #include <optional>
 #include <thread>
 
+#include "accelerators.h"
 #include "backend.h"
 #include "failed_devices.h"
 #include "ggml-alloc.h"
@@ -663,12 +664,7 @@ bool host_weights_are_plain(const std::vector<std::string>& devices) {
     start_backend();
     ModelOptions options;
     options.devices = devices;
-    for (auto* device : chosen_accelerators(options)) {
-        if (ggml_backend_dev_host_buffer_type(device) != nullptr) {
-            return true;
-        }
-    }
-    return false;
+    return Accelerators(options).offer_pinned_memory();
 }
 
 }  // namespace llama_moe

@@ -74,6 +74,11 @@ bool is_vocabulary(const gguf_context* gguf, std::int64_t key) {
     return gguf_get_kv_type(gguf, key) == GGUF_TYPE_ARRAY && gguf_get_arr_n(gguf, key) > kMaxMetadataArray;
 }
 
+int vocabulary_size(const gguf_context* gguf) {
+    const std::int64_t key = gguf_find_key(gguf, "tokenizer.ggml.tokens");
+    return key < 0 || gguf_get_kv_type(gguf, key) != GGUF_TYPE_ARRAY ? 0 : static_cast<int>(gguf_get_arr_n(gguf, key));
+}
+
 // As an integer; a per-layer array stands for its largest entry.
 std::optional<std::int64_t> to_integer(const MetadataValue& value) {
     if (const auto* number = std::get_if<std::uint64_t>(&value)) {
@@ -203,6 +208,7 @@ GgufInfo read_header(const std::string& path) {
                 info.metadata.emplace(gguf_get_key(gguf.get(), key), read_value(gguf.get(), key));
             }
         }
+        info.vocab_size = vocabulary_size(gguf.get());
         add_tensors(info, gguf.get(), path, size, 0);
     }
     info.files = split_files(path, info);

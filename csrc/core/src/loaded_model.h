@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <list>
 #include <map>
@@ -7,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "accelerators.h"
 #include "llama.h"
 #include "llama_moe/memory.h"
 #include "llama_moe/placement.h"
@@ -24,6 +26,9 @@ struct LoadedModel {
     const llama_vocab* vocab = nullptr;
     std::uint64_t fingerprint = 0;  // differs between models, for saved states
 
+    std::shared_ptr<const Accelerators> accelerators;
+    bool dry = false;  // opened to be measured: it holds no weights
+
     std::list<std::string> patterns;  // llama.cpp keeps pointers into these
     std::vector<llama_model_tensor_buft_override> overrides;
     std::vector<ggml_backend_dev_t> devices;
@@ -35,6 +40,21 @@ struct LoadedModel {
     bool mapped = false;            // host weights are a mapping of the file
     std::vector<MemoryRow> memory;  // experts and weights by device, as allocated
 };
+
+struct LoadControl {
+    std::atomic<float> progress{0.0f};
+    std::atomic<bool> cancelled{false};
+};
+
+std::shared_ptr<LoadedModel> load_model(const GgufInfo& gguf, const ModelOptions& options, const ResolvedPlacement& placement,
+                                        std::shared_ptr<const Accelerators> accelerators, LoadControl& control);
+
+// The same model without its weights: llama.cpp's dry run, which computes all sizes, reads only headers and allocates nothing.
+std::shared_ptr<LoadedModel> open_dry(const GgufInfo& gguf, const ModelOptions& options, const ResolvedPlacement& placement,
+                                      std::shared_ptr<const Accelerators> accelerators);
+
+// Bytes of a tensor in a device's memory: llama.cpp pads each one.
+std::uint64_t allocated_bytes(const TensorInfo& tensor, ggml_backend_dev_t device);
 
 // Whether a sequence's end can be taken back; a recurrent state cannot.
 inline bool takes_back_tokens(const LoadedModel& model) {

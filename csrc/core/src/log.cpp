@@ -31,6 +31,7 @@ std::atomic<bool> g_has_lines{false};
 thread_local ErrorLog* t_error_log = nullptr;
 thread_local LogCapture* t_capture = nullptr;
 thread_local const std::function<bool()>* t_expected_failure = nullptr;
+thread_local bool t_quiet = false;
 
 void append(LogQueue& log, int level, std::string text) {
     if (level < g_level.load(std::memory_order_relaxed)) {
@@ -71,10 +72,10 @@ void on_log(ggml_log_level native_level, const char* text, void* /*user_data*/) 
         return;
     }
     const bool failure = native_level == GGML_LOG_LEVEL_ERROR || native_level == GGML_LOG_LEVEL_WARN;
-    const bool expected = failure && t_expected_failure != nullptr && (*t_expected_failure)();
+    const bool unimportant = t_quiet || (failure && t_expected_failure != nullptr && (*t_expected_failure)());
     auto& log = queue();
     std::lock_guard<std::mutex> lock(log.mutex);
-    const int level = expected ? static_cast<int>(LogLevel::debug) : to_level(native_level, log.partial_level);
+    const int level = unimportant ? static_cast<int>(LogLevel::debug) : to_level(native_level, log.partial_level);
     if (native_level != GGML_LOG_LEVEL_CONT && !log.partial.empty()) {
         append(log, log.partial_level, std::move(log.partial));
         log.partial.clear();
@@ -146,6 +147,14 @@ ExpectedFailure::ExpectedFailure(std::function<bool()> expected) : expected_(std
 
 ExpectedFailure::~ExpectedFailure() {
     t_expected_failure = nullptr;
+}
+
+QuietLog::QuietLog() {
+    t_quiet = true;
+}
+
+QuietLog::~QuietLog() {
+    t_quiet = false;
 }
 
 std::string ErrorLog::text(const std::string& otherwise) const {

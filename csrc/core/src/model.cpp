@@ -1,13 +1,10 @@
 #include "llama_moe/model.h"
 
-#include <sys/resource.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 
-#include "backend.h"
-#include "ggml.h"
+#include "accelerators.h"
+#include "host_memory.h"
 #include "llama_moe/live_objects.h"
 #include "llama_moe/device.h"
 #include "llama_moe/error.h"
@@ -16,165 +13,10 @@
 #include "loaded_model.h"
 #include "machine.h"
 #include "native_thread.h"
+#include "placement_rules.h"
 
 namespace llama_moe {
 namespace {
-
-std::uint64_t host_bytes(const ResolvedPlacement& placement) {
-    std::uint64_t bytes = 0;
-    for (const auto& tensor : placement.tensors) {
-        bytes += tensor.device == "CPU" ? tensor.bytes : 0;
-    }
-    return bytes;
-}
-
-// Refuses what would otherwise be a warning, a slower mode than was asked for, or the kernel killing the process.
-void check_host_memory(const ModelOptions& options, const ResolvedPlacement& placement, const std::vector<ggml_backend_dev_t>& devices) {
-    const std::uint64_t needed = host_bytes(placement);
-    if (options.host_memory != "mmap" && needed > available_ram()) {
-        throw DoesNotFitError("host_memory='" + options.host_memory + "' needs " + std::to_string(needed) + " bytes of host memory for weights; " +
-                              std::to_string(available_ram()) + " are available; use host_memory='mmap'");
-    }
-    const bool has_pinned = std::any_of(devices.begin(), devices.end(), [](auto* d) { return ggml_backend_dev_host_buffer_type(d) != nullptr; });
-    if (options.host_memory == "pinned" && !has_pinned) {
-        throw InvalidOptionError("host_memory='pinned' needs an accelerator that offers pinned host memory; use 'mmap' or 'pageable'");
-    }
-    rlimit limit{};
-    if (options.host_memory == "locked" && geteuid() != 0 && getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur < needed) {
-        throw DoesNotFitError("host_memory='locked' needs " + std::to_string(needed) + " bytes; the limit on locked memory (ulimit -l) is " +
-                              std::to_string(limit.rlim_cur));
-    }
-}
-
-llama_model_params native_params(LoadedModel& loaded, const ModelOptions& options, const ResolvedPlacement& placement) {
-    for (const auto& name : placement.accelerators) {
-        loaded.devices.push_back(find_device(name));
-    }
-    loaded.devices.push_back(nullptr);
-    for (const auto& rule : placement.overrides) {
-        loaded.patterns.push_back(rule.pattern);
-        // Not the device's own pointer for the CPU: llama.cpp compares with this one to consider repacked buffers.
-        auto* type = rule.device == "CPU" ? ggml_backend_cpu_buffer_type() : ggml_backend_dev_buffer_type(find_device(rule.device));
-        loaded.overrides.push_back({loaded.patterns.back().c_str(), type});
-    }
-    loaded.overrides.push_back({nullptr, nullptr});
-    loaded.tensor_split = placement.tensor_split;
-    loaded.tensor_split.resize(llama_max_devices(), 0.0f);
-
-    llama_model_params params = llama_model_default_params();
-    params.devices = loaded.devices.data();
-    params.tensor_buft_overrides = loaded.overrides.data();
-    params.n_gpu_layers = options.gpu_layers;
-    params.split_mode = LLAMA_SPLIT_MODE_LAYER;
-    params.tensor_split = loaded.tensor_split.data();
-    params.use_extra_bufts = options.repack;
-    params.check_tensors = options.check_tensors;
-    params.no_host = options.host_memory == "pageable";
-    loaded.mapped = options.host_memory == "mmap" || options.host_memory == "locked";
-    params.load_mode = options.host_memory == "mmap"     ? LLAMA_LOAD_MODE_MMAP
-                       : options.host_memory == "locked" ? LLAMA_LOAD_MODE_MMAP_MLOCK
-                                                         : LLAMA_LOAD_MODE_NONE;
-    return params;
-}
-
-// Bytes of a tensor in a device's buffer: llama.cpp pads each one.
-std::uint64_t allocated_bytes(const TensorInfo& tensor, ggml_backend_buffer_type_t type) {
-    const ggml_init_params params{ggml_tensor_overhead(), nullptr, /*no_alloc=*/true};
-    ggml_context* context = ggml_init(params);
-    const ggml_tensor* meta =
-        ggml_new_tensor(context, static_cast<ggml_type>(tensor.type_id), static_cast<int>(tensor.shape.size()), tensor.shape.data());
-    const std::size_t bytes = ggml_backend_buft_get_alloc_size(type, meta);
-    ggml_free(context);
-    return GGML_PAD(bytes, ggml_backend_buft_get_alignment(type));
-}
-
-std::vector<MemoryRow> count_memory(const GgufInfo& gguf, const std::vector<TensorPlacement>& placement) {
-    std::map<std::string, const TensorInfo*> by_name;
-    for (const auto& tensor : gguf.tensors) {
-        by_name[tensor.name] = &tensor;
-    }
-    std::map<std::pair<std::string, std::string>, std::uint64_t> sums;
-    for (const auto& tensor : placement) {
-        ggml_backend_dev_t device = find_device(tensor.device);
-        const std::string role = tensor.role == TensorRole::experts ? "experts" : "weights";
-        sums[{tensor.device, role}] += allocated_bytes(*by_name.at(tensor.name), ggml_backend_dev_buffer_type(device));
-    }
-    std::vector<MemoryRow> rows;
-    for (const auto& [key, bytes] : sums) {
-        rows.push_back({key.first, key.second, bytes});
-    }
-    return rows;
-}
-
-std::uint64_t fingerprint(const GgufInfo& gguf) {
-    std::uint64_t hash = 1469598103934665603ull;  // FNV-1a, 64 bits
-    const auto add = [&hash](const std::string& text) {
-        for (const char c : text) {
-            hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211ull;
-        }
-    };
-    add(gguf.architecture);
-    for (const auto& tensor : gguf.tensors) {
-        add(tensor.name + tensor.type);
-        for (const auto extent : tensor.shape) {
-            add(std::to_string(extent) + ",");
-        }
-    }
-    for (const auto& [key, value] : gguf.metadata) {
-        if (const auto* number = std::get_if<std::uint64_t>(&value)) {
-            add(key + std::to_string(*number));
-        } else if (const auto* text = std::get_if<std::string>(&value)) {
-            add(key + *text);
-        }
-    }
-    return hash;
-}
-
-struct LoadControl {
-    std::atomic<float> progress{0.0f};
-    std::atomic<bool> cancelled{false};
-};
-
-// llama.cpp's word for "does not fit" is a failed allocation in the log.
-[[noreturn]] void throw_load_error(const std::string& path, const std::string& reason) {
-    if (reason.find("unable to allocate") != std::string::npos || reason.find("failed to allocate") != std::string::npos ||
-        reason.find("out of memory") != std::string::npos) {
-        throw DoesNotFitError("out of memory while loading '" + path + "': " + reason);
-    }
-    throw ModelLoadError("cannot load '" + path + "': " + reason);
-}
-
-void load_native(LoadedModel& loaded, const GgufInfo& gguf, llama_model_params params, LoadControl& control) {
-    params.progress_callback_user_data = &control;
-    params.progress_callback = [](float progress, void* data) {
-        auto* state = static_cast<LoadControl*>(data);
-        state->progress.store(progress, std::memory_order_relaxed);
-        return !state->cancelled.load(std::memory_order_relaxed);
-    };
-    ErrorLog errors;
-    try {
-        std::vector<const char*> files;
-        for (const auto& file : gguf.files) {
-            files.push_back(file.c_str());
-        }
-        loaded.model = files.size() > 1 ? llama_model_load_from_splits(files.data(), files.size(), params)
-                                        : llama_model_load_from_file(files.front(), params);
-    } catch (const NativeAbort& abort) {
-        throw_load_error(gguf.path, abort.what());
-    }
-    if (control.cancelled.load()) {
-        throw CancelledError("loading '" + gguf.path + "' was cancelled");
-    }
-    if (loaded.model == nullptr) {
-        throw_load_error(gguf.path, errors.text("llama.cpp gave no reason"));
-    }
-    loaded.vocab = llama_model_get_vocab(loaded.model);
-    loaded.fingerprint = fingerprint(gguf);
-    loaded.layers = gguf.layer_count;
-    const bool standard_attention = takes_back_tokens(loaded) && llama_model_n_swa(loaded.model) == 0 &&
-                                    gguf.architecture_integer("attention.kv_lora_rank", 0) == 0;
-    loaded.kv_elements_per_token = standard_attention ? kv_elements_per_token(gguf) : 0;
-}
 
 std::string describe(const llama_model* model) {
     char text[256];
@@ -183,18 +25,6 @@ std::string describe(const llama_model* model) {
 }
 
 }  // namespace
-
-LoadedModel::~LoadedModel() {
-    if (model == nullptr) {
-        return;
-    }
-    // On a thread that can be given up: freeing memory on a worker that died or hangs never returns.
-    try {
-        run_native([native = model] { llama_model_free(native); }, within_close_limit(devices), {}, devices);
-    } catch (const std::exception& error) {
-        log_line(LogLevel::error, std::string("a model could not be freed: ") + error.what());
-    }
-}
 
 std::shared_ptr<Model> Model::load(const std::string& path, const ModelOptions& options, const PlacementPolicy& policy,
                                    const Progress& on_progress, const Poll& poll) {
@@ -224,16 +54,13 @@ std::shared_ptr<Model> Model::load(const std::string& path, const ModelOptions& 
             Model& model = *result->model;
             model.path_ = path;
             model.gguf_ = read_gguf(path);
-            auto placement = resolve_placement(model.gguf_, options, policy);
-            auto loaded = std::make_shared<LoadedModel>();
-            const auto params = native_params(*loaded, options, placement);
-            check_host_memory(options, placement, {loaded->devices.begin(), loaded->devices.end() - 1});
+            const auto accelerators = std::make_shared<const Accelerators>(options);
+            auto placement = resolve_placement(model.gguf_, options, policy, accelerators);
+            check_host_memory(options, placement, *accelerators, policy.ram.value_or(available_ram()));
             if (!placement.summary.empty()) {
                 log_line(LogLevel::info, placement.summary);
             }
-            loaded->host_layers = placement.host_layers;
-            load_native(*loaded, model.gguf_, params, result->control);
-            loaded->memory = count_memory(model.gguf_, placement.tensors);
+            auto loaded = load_model(model.gguf_, options, placement, accelerators, result->control);
             model.placement_ = std::move(placement.tensors);
             model.description_ = describe(loaded->model);
             model.vocab_size_ = llama_vocab_n_tokens(loaded->vocab);

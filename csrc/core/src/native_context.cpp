@@ -77,6 +77,9 @@ llama_context_params native_params(const LoadedModel& model, const ContextOption
 
 // Linux hands out more memory than there is and ends the process when the KV cache is first written: refuse before.
 void check_kv_cache(const LoadedModel& model, const ContextOptions& options, const llama_context_params& params) {
+    if (model.dry) {
+        return;
+    }
     const int layers = options.offload_kv ? model.host_layers : model.layers;
     const std::uint64_t elements = model.kv_elements_per_token * static_cast<std::uint64_t>(layers) * params.n_ctx;
     const std::uint64_t bytes = elements * ggml_type_size(params.type_k) / static_cast<std::uint64_t>(ggml_blck_size(params.type_k));

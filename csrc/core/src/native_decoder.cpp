@@ -17,14 +17,19 @@ int score_rows(const LoadedModel& model) {
 
 }  // namespace
 
+NativeContextUse engine_use(const LoadedModel& model, const EngineOptions& options, std::shared_ptr<RoutingHub> routing) {
+    return {std::min(options.batch_size, options.max_sequences * (1 + options.draft_tokens) + score_rows(model)), options.context_pool,
+            std::move(routing)};
+}
+
 NativeDecoder::NativeDecoder(std::shared_ptr<LoadedModel> model, std::shared_ptr<LoadedModel> draft_model, const EngineOptions& options,
                              std::shared_ptr<RoutingHub> routing, const std::function<bool()>& should_abort)
     : should_abort_(should_abort),
       max_draft_(options.draft_tokens),
-      max_outputs_(std::min(options.batch_size, options.max_sequences * (1 + options.draft_tokens) + score_rows(*model))),
+      max_outputs_(engine_use(*model, options).max_outputs),
       can_truncate_(takes_back_tokens(*model)),
       shares_cells_(options.context_pool > 0),
-      context_(model, options, {max_outputs_, options.context_pool, std::move(routing)}, should_abort),
+      context_(model, options, engine_use(*model, options, std::move(routing)), should_abort),
       batch_(context_.limits().batch_size) {
     if (options.draft_tokens > 0) {
         if (!can_truncate_) {

@@ -10,6 +10,9 @@
 
 namespace llama_moe {
 
+// How an engine uses its context.
+NativeContextUse engine_use(const LoadedModel& model, const EngineOptions& options, std::shared_ptr<RoutingHub> routing = nullptr);
+
 // llama.cpp as a Decoder: a context, and what speculative decoding needs beside it.
 class NativeDecoder : public Decoder {
    public:

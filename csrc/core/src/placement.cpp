@@ -5,46 +5,19 @@
 #include <regex>
 #include <set>
 
+#include "accelerators.h"
 #include "backend.h"
-#include "failed_devices.h"
-#include "llama.h"
+#include "fit.h"
 #include "llama_moe/device.h"
 #include "llama_moe/error.h"
 #include "native_thread.h"
+#include "placement_rules.h"
 
 namespace llama_moe {
 namespace {
 
-std::string gib(std::uint64_t bytes) {
-    char text[32];
-    std::snprintf(text, sizeof(text), "%.2f GiB", static_cast<double>(bytes) / (1ull << 30));
-    return text;
-}
-
 std::string range_text(int first, int last) {
     return first == last ? std::to_string(first) : std::to_string(first) + "-" + std::to_string(last);
-}
-
-// The regex of the expert tensors of some projections, in the layers given; no layers: in all.
-std::string expert_pattern(const std::vector<std::string>& projections, const std::vector<int>& layers) {
-    std::string names;
-    bool merged = false;
-    for (const auto& projection : projections) {
-        names += (names.empty() ? "" : "|") + projection;
-        merged = merged || projection != "down";
-    }
-    if (merged) {
-        names += "|gate_up";  // holds both, so it goes where either is sent
-    }
-    std::string blocks = "\\.";
-    if (!layers.empty()) {
-        blocks = "^blk\\.(";
-        for (std::size_t i = 0; i < layers.size(); i++) {
-            blocks += (i == 0 ? "" : "|") + std::to_string(layers[i]);
-        }
-        blocks += ")\\.";
-    }
-    return blocks + "ffn_(" + names + ")_(ch|)exps";
 }
 
 std::vector<int> layer_range(int first, int last) {
@@ -63,43 +36,6 @@ std::string expert_layers(const GgufInfo& gguf) {
     }
     return layers.empty() ? "none" : range_text(*layers.begin(), *layers.rbegin());
 }
-
-// Where llama.cpp puts each layer and the output by itself (llama-model.cpp, load_tensors).
-class LayerDevices {
-   public:
-    LayerDevices(const GgufInfo& gguf, const ModelOptions& options, std::vector<std::string> accelerators, const std::vector<float>& split)
-        : accelerators_(std::move(accelerators)) {
-        const int layers = gguf.layer_count + 1;  // the output counts as one
-        const int wanted = options.gpu_layers < 0 ? layers : options.gpu_layers;
-        first_ = std::max(layers - wanted, 0);
-        count_ = accelerators_.empty() ? 0 : std::min(wanted, layers);
-        float sum = 0;
-        for (const float share : split) {
-            sum += share;
-            ends_.push_back(sum);
-        }
-        for (float& end : ends_) {
-            end /= sum;
-        }
-        output_ = gguf.layer_count;
-    }
-
-    std::string layer(int index) const {
-        if (index < first_ || index - first_ >= count_) {
-            return "CPU";
-        }
-        const float at = static_cast<float>(index - first_) / static_cast<float>(count_);
-        return accelerators_[static_cast<std::size_t>(std::upper_bound(ends_.begin(), ends_.end(), at) - ends_.begin())];
-    }
-    std::string output() const { return layer(output_); }
-
-   private:
-    std::vector<std::string> accelerators_;
-    std::vector<float> ends_;
-    int first_ = 0;
-    int count_ = 0;
-    int output_ = 0;
-};
 
 bool starts_with(const std::string& text, const char* prefix) {
     return text.rfind(prefix, 0) == 0;
@@ -172,16 +108,14 @@ std::vector<TensorPlacement> place(const GgufInfo& gguf, const LayerDevices& dev
     return placed;
 }
 
-std::string check_device(const std::string& name, const std::vector<std::string>& accelerators) {
-    ggml_backend_dev_t device = find_device(name);
-    if (device == nullptr) {
+std::string check_device(const std::string& name, const Accelerators& accelerators) {
+    if (auto* device = accelerators.find(name)) {
+        return device_name(device);
+    }
+    if (find_device(name) == nullptr) {
         throw PlacementError("no device '" + name + "'; there are: " + known_devices());
     }
-    const std::string found = device_name(device);
-    if (found != "CPU" && std::find(accelerators.begin(), accelerators.end(), found) == accelerators.end()) {
-        throw PlacementError("device '" + name + "' is not among the model's devices; add it to `devices`");
-    }
-    return found;
+    throw PlacementError("device '" + name + "' is not among the model's devices; add it to `devices`");
 }
 
 void check_matches(const GgufInfo& gguf, const std::vector<PlacementOverride>& overrides) {
@@ -222,15 +156,64 @@ std::vector<int> policy_layers(const GgufInfo& gguf, const PlacementPolicy& poli
     return policy.layers;
 }
 
-std::vector<PlacementOverride> policy_overrides(const GgufInfo& gguf, const PlacementPolicy& policy,
-                                                const std::vector<std::string>& accelerators) {
+}  // namespace
+
+LayerDevices::LayerDevices(const GgufInfo& gguf, const ModelOptions& options, const Accelerators& accelerators, const std::vector<float>& split) {
+    for (const auto& entry : accelerators.entries()) {
+        accelerators_.push_back(entry.name);
+    }
+    const int layers = gguf.layer_count + 1;  // the output counts as one
+    const int wanted = options.gpu_layers < 0 ? layers : options.gpu_layers;
+    first_ = std::max(layers - wanted, 0);
+    count_ = accelerators_.empty() ? 0 : std::min(wanted, layers);
+    float sum = 0;
+    for (const float share : split) {
+        sum += share;
+        ends_.push_back(sum);
+    }
+    for (float& end : ends_) {
+        end /= sum;
+    }
+    output_ = gguf.layer_count;
+}
+
+std::string LayerDevices::layer(int index) const {
+    if (index < first_ || index - first_ >= count_) {
+        return "CPU";
+    }
+    const float at = static_cast<float>(index - first_) / static_cast<float>(count_);
+    return accelerators_[static_cast<std::size_t>(std::upper_bound(ends_.begin(), ends_.end(), at) - ends_.begin())];
+}
+
+std::string expert_pattern(const std::vector<std::string>& projections, const std::vector<int>& layers) {
+    std::string names;
+    bool merged = false;
+    for (const auto& projection : projections) {
+        names += (names.empty() ? "" : "|") + projection;
+        merged = merged || projection != "down";
+    }
+    if (merged) {
+        names += "|gate_up";  // holds both, so it goes where either is sent
+    }
+    std::string blocks = "\\.";
+    if (!layers.empty()) {
+        blocks = "^blk\\.(";
+        for (std::size_t i = 0; i < layers.size(); i++) {
+            blocks += (i == 0 ? "" : "|") + std::to_string(layers[i]);
+        }
+        blocks += ")\\.";
+    }
+    return blocks + "ffn_(" + names + ")_(ch|)exps";
+}
+
+std::vector<PlacementOverride> policy_overrides(const GgufInfo& gguf, const PlacementPolicy& policy, const Accelerators& accelerators) {
     using Kind = PlacementPolicy::Kind;
-    if (policy.kind == Kind::gpu || policy.kind == Kind::fit) {
+    if (policy.kind == Kind::gpu) {
         return {};
     }
     std::vector<PlacementOverride> overrides;
-    if (policy.kind == Kind::rules) {
-        if (policy.rules.empty()) {
+    if (policy.kind == Kind::rules || policy.kind == Kind::fit) {
+        if (policy.rules.empty() && policy.kind == Kind::rules) {
             throw PlacementError("rules is empty; give at least one (regex, device)");
         }
         for (const auto& [pattern, device] : policy.rules) {
@@ -264,79 +247,6 @@ std::vector<PlacementOverride> policy_overrides(const GgufInfo& gguf, const Plac
     return overrides;
 }
 
-struct Capacity {
-    std::string device;
-    std::uint64_t bytes;
-};
-
-// Bytes missing on each device that is too small; empty when the placement fits.
-std::string shortfall(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy, const LayerDevices& devices,
-                      const std::vector<TensorPlacement>& placed, const std::vector<Capacity>& capacities) {
-    std::string missing;
-    const std::uint64_t layer_kv = kv_elements_per_token(gguf) * sizeof(ggml_fp16_t) * options.fit_context_tokens;
-    for (const auto& capacity : capacities) {
-        const bool host = capacity.device == "CPU";
-        std::uint64_t needed = host ? 0 : policy.reserve;
-        for (const auto& tensor : placed) {
-            needed += tensor.device == capacity.device ? tensor.bytes : 0;
-        }
-        for (int i = 0; i < gguf.layer_count; i++) {
-            needed += devices.layer(i) == capacity.device ? layer_kv : 0;
-        }
-        if (needed > capacity.bytes) {
-            missing += (missing.empty() ? "" : "; ") + capacity.device + " needs " + gib(needed) + " and has " + gib(capacity.bytes) +
-                       " (" + gib(needed - capacity.bytes) + " short)";
-        }
-    }
-    return missing;
-}
-
-// The smallest number of leading layers whose experts must be in host memory for everything to fit.
-std::vector<PlacementOverride> fit_overrides(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy,
-                                             const LayerDevices& devices, const std::vector<Capacity>& capacities, std::string& summary) {
-    std::string missing;
-    for (int n = 0; n <= gguf.layer_count; n++) {
-        std::vector<PlacementOverride> overrides;
-        if (n > 0) {
-            overrides.push_back({expert_pattern({"up", "gate", "down"}, layer_range(0, n)), "CPU"});
-        }
-        missing = shortfall(gguf, options, policy, devices, place(gguf, devices, overrides), capacities);
-        if (missing.empty()) {
-            summary = n == 0 ? "fit: all experts stay with their layers"
-                             : "fit: experts of the first " + std::to_string(n) + " of " + std::to_string(gguf.layer_count) + " layers are in host memory";
-            return overrides;
-        }
-    }
-    throw DoesNotFitError("'" + gguf.path + "' does not fit even with all experts in host memory: " + missing +
-                          "; use a smaller context, fewer gpu_layers or a smaller reserve");
-}
-
-}  // namespace
-
-std::vector<ggml_backend_dev_t> chosen_accelerators(const ModelOptions& options) {
-    if (!options.devices) {
-        return default_accelerators();
-    }
-    std::vector<ggml_backend_dev_t> chosen;
-    for (const auto& name : *options.devices) {
-        ggml_backend_dev_t device = find_device(name);
-        if (device == nullptr) {
-            throw PlacementError("no device '" + name + "'; there are: " + known_devices());
-        }
-        if (!is_accelerator(device)) {
-            continue;  // the CPU is always there
-        }
-        if (any_failed({device})) {
-            throw PlacementError("device '" + name + "' (" + ggml_backend_dev_description(device) +
-                                 ") failed earlier; it cannot be used again in this process");
-        }
-        if (std::find(chosen.begin(), chosen.end(), device) == chosen.end()) {
-            chosen.push_back(device);
-        }
-    }
-    return chosen;
-}
-
 void ModelOptions::validate() const {
     if (gpu_layers < -1) {
         throw InvalidOptionError("gpu_layers is " + std::to_string(gpu_layers) + "; it must be -1 (all), 0 or more");
@@ -356,39 +266,51 @@ std::uint64_t kv_elements_per_token(const GgufInfo& gguf) {
     return static_cast<std::uint64_t>(std::max<std::int64_t>(0, kv_heads * (key + value)));
 }
 
-ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy) {
-    start_backend();
-    options.validate();
-    const auto chosen = chosen_accelerators(options);
-    if (chosen.size() > llama_max_devices()) {
-        throw PlacementError(std::to_string(chosen.size()) + " devices; llama.cpp uses at most " + std::to_string(llama_max_devices()));
+std::vector<float> default_split(const Accelerators& accelerators) {
+    std::vector<float> split;
+    for (const auto& entry : accelerators.entries()) {
+        split.push_back(static_cast<float>(std::max<std::uint64_t>(entry.free, 1)));
     }
+    return split;
+}
+
+std::vector<bool> matched_tensors(const GgufInfo& gguf, const std::vector<PlacementOverride>& overrides) {
+    const auto rules = compile(overrides);
+    std::vector<bool> matched;
+    for (const auto& tensor : gguf.tensors) {
+        matched.push_back(std::any_of(rules.begin(), rules.end(), [&](const auto& rule) { return std::regex_search(tensor.name, rule.pattern); }));
+    }
+    return matched;
+}
+
+ResolvedPlacement place_tensors(const GgufInfo& gguf, const ModelOptions& options, const Accelerators& accelerators,
+                                std::vector<PlacementOverride> overrides, std::vector<float> tensor_split) {
     ResolvedPlacement resolved;
-    std::vector<Capacity> capacities;
-    for (auto* device : chosen) {
-        std::size_t free = 0;
-        std::size_t total = 0;
-        ggml_backend_dev_memory(device, &free, &total);
-        if (total == 0) {  // a device that cannot tell shares the host's memory
-            ggml_backend_dev_memory(cpu_device(), &free, &total);
-        }
-        resolved.accelerators.push_back(device_name(device));
-        resolved.tensor_split.push_back(static_cast<float>(std::max<std::size_t>(free, 1)));
-        capacities.push_back({device_name(device), policy.vram.value_or(free)});
+    for (const auto& entry : accelerators.entries()) {
+        resolved.accelerators.push_back(entry.name);
     }
-    const LayerDevices devices(gguf, options, resolved.accelerators, resolved.tensor_split);
-    resolved.overrides = policy_overrides(gguf, policy, resolved.accelerators);
-    if (policy.kind == PlacementPolicy::Kind::fit) {
-        if (policy.ram) {
-            capacities.push_back({"CPU", *policy.ram});
-        }
-        resolved.overrides = fit_overrides(gguf, options, policy, devices, capacities, resolved.summary);
-    }
-    resolved.tensors = place(gguf, devices, resolved.overrides);
+    const LayerDevices devices(gguf, options, accelerators, tensor_split);
+    resolved.tensors = place(gguf, devices, overrides);
+    resolved.overrides = std::move(overrides);
+    resolved.tensor_split = std::move(tensor_split);
     for (int i = 0; i < gguf.layer_count; i++) {
         resolved.host_layers += devices.layer(i) == "CPU" ? 1 : 0;
     }
     return resolved;
+}
+
+ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy,
+                                    const std::shared_ptr<const Accelerators>& accelerators) {
+    options.validate();
+    if (policy.kind == PlacementPolicy::Kind::fit) {
+        return fit_placement(gguf, options, policy, accelerators);
+    }
+    return place_tensors(gguf, options, *accelerators, policy_overrides(gguf, policy, *accelerators), default_split(*accelerators));
+}
+
+ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy) {
+    start_backend();
+    return resolve_placement(gguf, options, policy, std::make_shared<const Accelerators>(options));
 }
 
 std::vector<TensorPlacement> resolve_placement(const std::string& path, const ModelOptions& options, const PlacementPolicy& policy,

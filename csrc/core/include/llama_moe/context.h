@@ -7,26 +7,13 @@
 #include <string_view>
 #include <vector>
 
+#include "llama_moe/context_options.h"
 #include "llama_moe/memory.h"
 #include "llama_moe/model.h"
 #include "llama_moe/routing.h"
 #include "llama_moe/wait.h"
 
 namespace llama_moe {
-
-struct ContextOptions {
-    int context_size = 4096;       // tokens of each sequence; 0: what the model was trained for
-    int max_sequences = 1;         // sequences that can be held at once
-    int batch_size = 2048;         // most tokens in one call of llama_decode
-    int micro_batch_size = 512;    // most tokens computed at once
-    int threads = 0;               // for single tokens; 0: one per usable physical core
-    int threads_batch = 0;         // for prompts; 0: as `threads`
-    std::string kv_type = "f16";   // ggml type of the KV cache
-    std::string flash_attention = "auto";  // "auto", "on" or "off"
-    bool offload_kv = true;        // KV cache on the accelerator of its layer
-
-    void validate() const;
-};
 
 // What a context really has after llama.cpp rounded the options.
 struct ContextLimits {

@@ -17,17 +17,6 @@
 
 namespace llama_moe {
 
-// What an engine has besides a context.
-struct EngineOptions : ContextOptions {
-    int context_pool = 0;            // tokens that all sequences share; 0: context_size for each
-    int max_queue = 1024;            // requests that may wait for a sequence
-    int draft_tokens = 0;            // speculative decoding: most tokens drafted at once; 0: off
-    int draft_ngram = 0;             // look the last so many tokens up in the text so far; 0: use the draft model
-    float draft_min_probability = 0; // a draft model's draft ends before a token it finds less likely
-
-    void validate() const;
-};
-
 enum class RequestKind { generate, score, embed, save };
 enum class Pooling { none, mean, cls, last };
 

@@ -1,7 +1,10 @@
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace llama_moe {
 
@@ -18,8 +21,21 @@ class PlacementError : public Error {
     using Error::Error;
 };
 
+// What a device is too small by.
+struct Shortfall {
+    std::string device;
+    std::uint64_t needed;    // bytes
+    std::uint64_t capacity;  // bytes
+    std::uint64_t missing() const { return needed - capacity; }
+};
+
 class DoesNotFitError : public Error {
-    using Error::Error;
+   public:
+    explicit DoesNotFitError(const std::string& message, std::vector<Shortfall> shortfalls = {}, std::vector<std::string> changes = {})
+        : Error(message), shortfalls(std::move(shortfalls)), changes(std::move(changes)) {}
+
+    std::vector<Shortfall> shortfalls;  // empty where only a failed allocation is known
+    std::vector<std::string> changes;   // options with which it would fit, such as "context_size=2048", each alone
 };
 
 class ContextFullError : public Error {

@@ -40,6 +40,7 @@ struct GgufInfo {
     int nextn_layer_count = 0;  // of those, multi-token-prediction layers, which are not loaded
     int expert_count = 0;
     int experts_used = 0;
+    int vocab_size = 0;  // tokens in the vocabulary; 0 when the file has none
     std::uint64_t parameter_count = 0;
     std::uint64_t size_bytes = 0;  // of all tensors
 

@@ -77,4 +77,13 @@ class ExpectedFailure {
     std::function<bool()> expected_;
 };
 
+// While alive, all that llama.cpp logs on this thread is a debug line: a model that is opened only to be measured is nobody's news.
+class QuietLog {
+   public:
+    QuietLog();
+    ~QuietLog();
+    QuietLog(const QuietLog&) = delete;
+    QuietLog& operator=(const QuietLog&) = delete;
+};
+
 }  // namespace llama_moe

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "llama_moe/context_options.h"
 #include "llama_moe/gguf_file.h"
 #include "llama_moe/wait.h"
 
@@ -20,9 +21,10 @@ struct PlacementPolicy {
     std::vector<int> layers;                             // cpu_layers
     std::vector<std::string> projections = {"up", "gate", "down"};
     std::vector<std::pair<std::string, std::string>> rules;  // (regex, device name), the first match wins
-    std::optional<std::uint64_t> vram;                   // fit: bytes to use on each accelerator; unset: what is free
+                                                             // fit: those that come before its own
+    std::optional<std::uint64_t> vram;                   // fit: bytes to use on each accelerator, of what is free; unset: all of it
     std::optional<std::uint64_t> ram;                    // fit: bytes to use in host memory; unset: what is available
-    std::uint64_t reserve = 512ull << 20;                // fit: bytes to leave on each accelerator for KV cache and compute
+    std::uint64_t reserve = 512ull << 20;                // fit: bytes to leave free on each accelerator
 };
 
 struct TensorPlacement {
@@ -32,13 +34,21 @@ struct TensorPlacement {
     std::uint64_t bytes;
 };
 
+// A GPU that need not be there, to plan for.
+struct DeviceSpec {
+    std::string name;
+    std::uint64_t memory = 0;    // bytes
+    std::uint64_t overhead = 0;  // bytes of it that its driver takes
+};
+
 struct ModelOptions {
     std::optional<std::vector<std::string>> devices;  // accelerators to use; unset: all; empty: none
+    std::vector<DeviceSpec> hypothetical_devices;     // for plans: accelerators besides; with some, unset `devices` are none
     int gpu_layers = -1;                              // layers on accelerators, the output counts as one; -1: all
     std::string host_memory = "mmap";                 // "mmap", "pageable", "pinned" or "locked"
     bool repack = true;                               // let llama.cpp rearrange CPU weights for its vector kernels
     bool check_tensors = false;                       // look for NaN and invalid blocks while loading
-    std::uint64_t fit_context_tokens = 0;             // tokens of KV cache that fit() leaves room for
+    EngineOptions fit_for;                            // the engine that fit() leaves room for
 
     void validate() const;
 };
@@ -58,12 +68,11 @@ struct ResolvedPlacement {
     std::string summary;                       // for fit: what was chosen
 };
 
-// Decides where every tensor goes, without loading. Throws PlacementError or DoesNotFitError.
 // Elements of one layer's KV cache for one token with standard attention: the keys and values of every KV head. An upper
 // bound for layers with a compressed cache or a sliding window.
 std::uint64_t kv_elements_per_token(const GgufInfo& gguf);
 
-// Made inside a NativeScope.
+// Decides where every tensor goes, without loading. Throws PlacementError or DoesNotFitError. Called inside a NativeScope.
 ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy);
 
 // The same for a file, on a thread of its own: asking a remote device for its memory can block.

@@ -1,0 +1,138 @@
+"""`llama-moe plan`: three placements side by side, before a load."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+import llama_moe
+from llama_moe import DeviceSpec, ExpertPlacement, Plan
+from llama_moe._sizes import format_size, parse_rate
+from llama_moe._table import columns
+from llama_moe.errors import DoesNotFitError, InvalidOptionError
+from llama_moe.planning import ASSUMED_BANDWIDTH
+
+from .console import EXIT_FAILURE, note
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from llama_moe.prediction import Prediction
+
+_TITLES = {"gpu": "all on GPU", "cpu": "experts on CPU", "fit": "fitted"}
+
+
+def show_plans(
+    model: str,
+    *,
+    vram: Sequence[str],
+    ram: str | None,
+    overhead: str,
+    bandwidth: str | None,
+    reserve: str,
+    context_size: int,
+    max_sequences: int,
+    kv_type: str,
+    gpu_layers: int | None,
+    rpc: Sequence[str],
+    predict: bool,
+    as_json: bool,
+) -> None:
+    """Plans for all experts on accelerators, all on the CPU, and the fitted placement; exits with 1 if the fitted one does not fit."""
+    for endpoint in rpc:
+        llama_moe.add_rpc_device(endpoint)
+    if bandwidth is not None:
+        parse_rate(bandwidth, "--bandwidth")
+    specs = [DeviceSpec(f"GPU{i}" if len(vram) > 1 else "GPU", size, overhead=overhead, bandwidth=bandwidth) for i, size in enumerate(vram)]
+    plans: dict[str, Plan] = {}
+    failure: DoesNotFitError | None = None
+    for kind, experts in (("gpu", ExpertPlacement.gpu()), ("cpu", ExpertPlacement.cpu()), ("fit", ExpertPlacement.fit(reserve=reserve))):
+        if kind == "cpu" and not plans["gpu"].info.expert_count:
+            continue
+        try:
+            plans[kind] = llama_moe.plan(
+                model,
+                devices=specs or None,
+                ram=ram,
+                experts=experts,
+                context_size=context_size,
+                max_sequences=max_sequences,
+                kv_type=kv_type,
+                gpu_layers="all" if gpu_layers is None else gpu_layers,
+            )
+        except DoesNotFitError as error:
+            failure = error
+    speeds = _predicted(plans) if predict else {}
+    if as_json:
+        typer.echo(json.dumps(_as_data(plans, speeds, failure), indent=2))
+    else:
+        context = f"{context_size or 'all'} tokens of context" + (f" for each of {max_sequences} sequences" if max_sequences > 1 else "")
+        _write_tables(model, plans, speeds, f"{context}, KV cache in {kv_type}")
+        if specs and bandwidth is None and predict:
+            typer.echo(f"\npredicted for GPU memory of {ASSUMED_BANDWIDTH // 10**9} GB/s (assumed; --bandwidth states it)")
+    if failure is not None:
+        note(f"error: {failure}")
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def _predicted(plans: dict[str, Plan]) -> dict[str, Prediction | None]:
+    measured = plans.get("cpu", plans["gpu"]).bandwidths()  # the plan that needs most of the host
+
+    def predicted(plan: Plan) -> Prediction | None:
+        try:
+            return plan.predict(bandwidths=measured)
+        except InvalidOptionError:  # a format that a device cannot compute, or more than fits and no file to read
+            return None
+
+    return {kind: predicted(plan) for kind, plan in plans.items()}
+
+
+def _as_data(plans: dict[str, Plan], speeds: dict[str, Prediction | None], failure: DoesNotFitError | None) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for kind, plan in plans.items():
+        speed = speeds.get(kind)
+        data[kind] = {
+            **plan.to_dict(),
+            "device_bytes": plan.device_bytes,
+            "host_bytes": plan.host_bytes,
+            "saved_bytes": plans["gpu"].device_bytes - plan.device_bytes,
+            "reduction": plan.reduction(plans["gpu"]),
+            "summary": plan.summary,
+            "prediction": None if speed is None else speed.to_dict(),
+        }
+    if failure is not None:
+        data["fit"] = {"fits": False, "error": str(failure), "shortfall": failure.shortfall, "changes": list(failure.changes)}
+    return data
+
+
+def _write_tables(model: str, plans: dict[str, Plan], speeds: dict[str, Prediction | None], context: str) -> None:
+    everything = plans["gpu"]
+    info = everything.info
+    experts = f"{info.expert_count} experts of which {info.experts_used} compute a token" if info.expert_count else "no experts"
+    typer.echo(f"{model}: {info.architecture}, {info.layer_count} layers, {experts}, {format_size(info.size_bytes)}")
+    typer.echo(f"{context}\n")
+
+    def row(label: str, cell: Callable[[Plan], str]) -> list[str]:
+        return [label, *(cell(plan) for plan in plans.values())]
+
+    rows = [["", *(_TITLES[kind] for kind in plans)]]
+    for device in everything.capacity:
+        name = "host memory" if device == "CPU" else device
+        rows.append(row(name, lambda plan, device=device: format_size(plan.memory.by_device().get(device, 0))))  # type: ignore[misc]
+        roles = dict.fromkeys(entry.role for plan in plans.values() for entry in plan.rows if entry.device == device)
+        for role in roles:
+            size = {kind: sum(e.bytes for e in plan.rows if (e.device, e.role) == (device, role)) for kind, plan in plans.items()}
+            rows.append([f"  {role.replace('_', ' ')}", *(format_size(part) if part else "-" for part in size.values())])
+        rows.append(row("  may be used", lambda plan, device=device: format_size(plan.capacity[device])))  # type: ignore[misc]
+    rows.append(row("fits", lambda plan: "yes" if plan.fits else f"no, {format_size(max(plan.shortfall.values()))} short"))
+    if everything.device_bytes:
+        rows.append(row("saved", lambda plan: format_size(everything.device_bytes - plan.device_bytes) if plan is not everything else "-"))
+        rows.append(row("reduction", lambda plan: f"{plan.reduction(everything):.1%}" if plan is not everything else "-"))
+    if speeds:
+        cells = ("-" if speed is None else f"{speed.decode_tokens_per_second:.1f}" for speed in speeds.values())
+        rows.append(["tokens/s (predicted)", *cells])
+    typer.echo(columns(rows, right=range(1, len(plans) + 1)))
+    if "fit" in plans:
+        typer.echo(f"\n{plans['fit'].summary}")
