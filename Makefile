@@ -89,7 +89,7 @@ test-vulkan: $(VULKAN_SETUP) ## placements on a Vulkan device, a GPU or Mesa's s
 
 $(VULKAN_SETUP): $(NATIVE_SOURCES)
 	@if command -v dpkg apt-get >/dev/null && ! dpkg --status $(VULKAN_PACKAGES) >/dev/null 2>&1; then \
-	  if [ "$$(id -u)" = 0 ]; then apt-get install --quiet --yes --no-install-recommends $(VULKAN_PACKAGES); \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends $(VULKAN_PACKAGES); \
 	  else echo "a Vulkan build needs these packages: $(VULKAN_PACKAGES)" >&2; exit 1; fi; fi
 	@test -x build/vulkan-venv/bin/python || $(PYTHON) -m venv build/vulkan-venv
 	@echo "==> building llama.cpp's Vulkan backend and llama_moe (the first time takes minutes)"
