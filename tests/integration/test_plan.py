@@ -10,7 +10,9 @@ import pytest
 
 import llama_moe
 from llama_moe import DeviceSpec, ExpertPlacement, SamplingParams
+from llama_moe.bandwidth import Bandwidths, DeviceRates, DiskRate
 from llama_moe.errors import DoesNotFitError, InvalidOptionError, PlacementError
+from tests.support.http_files import FileServer
 from tests.support.tiny_models import ARCHITECTURES, DENSE, MODELS
 
 if TYPE_CHECKING:
@@ -276,3 +278,44 @@ def test_two_equal_devices_get_equal_shares(tiny_model: Paths) -> None:
     assert plan.fits
     assert "in host memory" in plan.summary
     assert {plan.layer_devices.count(name) for name in ("A", "B")} <= {LAYERS // 2, LAYERS // 2 + 1}
+
+
+# ---- models elsewhere, and speeds
+
+
+def test_a_model_on_a_server_is_planned_from_its_header(tiny_model: Paths) -> None:
+    path = tiny_model(NAME)
+    with FileServer(path.parent) as server:
+        plan = llama_moe.plan(f"{server.url}/{path.name}", devices=DeviceSpec("GPU", "1GiB"))
+        assert plan.info.path == f"{server.url}/{path.name}"
+    assert sizes(plan.memory) == sizes(llama_moe.plan(path, devices=DeviceSpec("GPU", "1GiB")).memory)
+
+
+def test_fewer_experts_on_a_slower_memory_are_predicted_to_be_quicker(tiny_model: Paths) -> None:
+    plans = [llama_moe.plan(tiny_model(NAME), experts=experts, devices=DeviceSpec("GPU", "1GiB")) for experts in ("gpu", "cpu")]
+    host = Bandwidths(machine="stated", cpu="stated", devices={"CPU": DeviceRates.stated("CPU", bytes_per_second=20e9)})
+    gpu, cpu = (plan.predict(bandwidths=host) for plan in plans)
+    assert gpu.decode_tokens_per_second > 0
+    assert "CPU" not in gpu.seconds
+    used = sum(tensor.bytes for tensor in plans[1].placement if tensor.role == "experts") * MODELS[NAME].experts_used / MODELS[NAME].experts
+    assert cpu.seconds["CPU"]["experts"] == pytest.approx(used / 20e9)
+    assert gpu.decode_tokens_per_second > cpu.decode_tokens_per_second
+    assert "predicted" in str(gpu)
+
+
+def test_what_does_not_fit_host_memory_is_read_from_the_disk(tiny_model: Paths) -> None:
+    plan = llama_moe.plan(tiny_model(NAME), experts="cpu", devices=DeviceSpec("GPU", "1GiB"), ram="300KiB")
+    rates = {"CPU": DeviceRates.stated("CPU", bytes_per_second=20e9)}
+    with pytest.raises(InvalidOptionError, match="disk_bytes_per_second"):
+        plan.predict(bandwidths=Bandwidths(machine="stated", cpu="stated", devices=rates))
+    disk = DiskRate(bytes_per_second=1e9, method="direct", bytes_read=1)
+    assert plan.predict(bandwidths=Bandwidths(machine="stated", cpu="stated", devices=rates, disk=disk)).seconds["disk"]["experts"] > 0
+
+
+def test_a_stated_bandwidth_counts(tiny_model: Paths) -> None:
+    def seconds(bandwidth: str) -> float:
+        plan = llama_moe.plan(tiny_model(NAME), experts="gpu", devices=DeviceSpec("GPU", "1GiB", bandwidth=bandwidth))
+        host = Bandwidths(machine="stated", cpu="stated", devices={"CPU": DeviceRates.stated("CPU", bytes_per_second=20e9)})
+        return plan.predict(bandwidths=host).seconds["GPU"]["experts"]
+
+    assert seconds("100GB/s") == pytest.approx(10 * seconds("1000GB/s"))

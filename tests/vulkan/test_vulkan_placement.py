@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+import llama_moe
 from llama_moe import Device, Engine, ExpertPlacement, Model, SamplingParams
+
+if TYPE_CHECKING:
+    from llama_moe.model import HostMemory
 
 PROMPT = "The capital of France is"
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
@@ -70,3 +75,16 @@ def test_pinned_host_memory_is_memory_of_the_host(vulkan: Device, demo_path: Pat
         assert set(report.by_device()) == {"CPU", vulkan.name}
         experts = sum(tensor.bytes for tensor in model.placement if tensor.role == "experts")
         assert {(row.device, row.bytes) for row in report.rows if row.role == "experts"} == {("CPU", experts)}
+
+
+@pytest.mark.parametrize("host_memory", ["mmap", "pageable", "pinned"])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_a_plan_is_what_the_engine_then_reports(name: str, host_memory: HostMemory, vulkan: Device, demo_path: Path) -> None:
+    policy, _ = PLACEMENTS[name]
+    plan = llama_moe.plan(demo_path, experts=policy, devices=vulkan, host_memory=host_memory, context_size=1024)
+    with llama_moe.load(demo_path, experts=policy, devices=vulkan, host_memory=host_memory, context_size=1024) as engine:
+        reported = {(row.device, row.role): row.bytes for row in engine.memory().rows}
+    planned = {(row.device, row.role): row.bytes for row in plan.rows}
+    assert planned.keys() == reported.keys()
+    for key, size in planned.items():
+        assert size == pytest.approx(reported[key], rel=0.02), key

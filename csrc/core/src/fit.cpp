@@ -306,10 +306,10 @@ ResolvedPlacement Search::finished(Trial trial, const std::vector<int>& levels) 
 }
 
 void Search::give_up(const std::vector<Shortfall>& missing) const {
-    throw DoesNotFitError("'" + gguf_.path + "' does not fit even with " +
-                              (any_accelerator(missing) ? "all experts in host memory: " : "as many experts on accelerators as there is room for: ") +
-                              describe(missing),
-                          missing);
+    const char* best = gguf_.expert_count == 0        ? ": "
+                       : any_accelerator(missing) ? " even with all experts in host memory: "
+                                                  : " even with as many experts on accelerators as there is room for: ";
+    throw DoesNotFitError("'" + gguf_.path + "' does not fit" + best + describe(missing), missing);
 }
 
 ResolvedPlacement Search::run() {

@@ -1,8 +1,5 @@
 #include "loaded_model.h"
 
-#include <sys/resource.h>
-#include <unistd.h>
-
 #include <algorithm>
 
 #include "backend.h"
