@@ -95,11 +95,11 @@ void check_stop(const Stop& stop) {
     }
 }
 
-// Seconds of one of `units` pieces of work that take equally long: the slowest of the fastest tenth. What disturbs a measurement (other
-// programs, interrupts, a clock that still rises) only ever makes it slower, so the fast ones say most about the machine, and a median
-// would be of the machine and its load. Pieces of less than a millisecond find gaps between the time slices of other programs; one with
-// a barrier in it that lost its core waits for several. Where hardly any found a gap, more are tried.
-double quick_seconds(std::size_t units, const std::function<void(std::size_t)>& work, const Stop& stop) {
+// Seconds of one of `units` pieces of work that take equally long: the median of those that took less than twice as long as the fastest
+// tenth. Others lost their core to another program on the way, which says something of the load and nothing of the machine; pieces of less
+// than a millisecond find gaps between the time slices of other programs, and one with a barrier in it that lost a core waits for several
+// milliseconds. Of the rest the median, not the best: a token takes hundreds of them. Where hardly any found a gap, more are tried.
+double undisturbed_seconds(std::size_t units, const std::function<void(std::size_t)>& work, const Stop& stop) {
     for (std::size_t unit = 0; unit < units; unit++) {  // pages, thread teams and kernels are made by the first ones
         check_stop(stop);
         work(unit);
@@ -117,12 +117,12 @@ double quick_seconds(std::size_t units, const std::function<void(std::size_t)>& 
         if (round < kRounds || seconds_since(begin) < kRoundsSeconds) {
             continue;
         }
-        const auto tenth = seconds.begin() + static_cast<std::ptrdiff_t>(seconds.size() / 10);
-        std::nth_element(seconds.begin(), tenth, seconds.end());
-        const double fastest = *std::min_element(seconds.begin(), tenth + 1);
-        if (*tenth <= kSpread * fastest || seconds_since(begin) > kMostSeconds) {
+        std::sort(seconds.begin(), seconds.end());
+        const double tenth = seconds[seconds.size() / 10];
+        if (tenth <= kSpread * seconds.front() || seconds_since(begin) > kMostSeconds) {
             stop->timed.add_since(before);
-            return std::min(*tenth, kSpread * fastest);
+            const auto disturbed = std::upper_bound(seconds.begin(), seconds.end(), 2 * std::min(tenth, kSpread * seconds.front()));
+            return seconds[static_cast<std::size_t>(disturbed - seconds.begin()) / 2];
         }
     }
 }
@@ -386,7 +386,7 @@ double product_rate(const Product& product, Rig& rig, bool repack, const Stop& s
             // An accelerator is given much at once, because starting it takes long.
             const std::size_t products = rig.is_cpu() ? 1 : ggml_backend_buffer_get_size(buffer) / kMatrixBytes / 2;
             return with(std::make_unique<ProductRun>(product, rig.backends, buffer, products), [&](ProductRun& run) {
-                const double seconds = quick_seconds(run.graphs.size(), [&](std::size_t unit) { run.graphs[unit]->compute(); }, stop);
+                const double seconds = undisturbed_seconds(run.graphs.size(), [&](std::size_t unit) { run.graphs[unit]->compute(); }, stop);
                 return static_cast<double>(run.weights.bytes / run.graphs.size()) / seconds;
             });
         }
@@ -448,7 +448,7 @@ double operation_seconds(const Backends& backends, const Stop& stop) {
             add(ggml_add(context, x, vector));
         }
         graph.allocate();
-        return quick_seconds(1, [&](std::size_t) { graph.compute(); }, stop) / (repeats * kOperations);
+        return undisturbed_seconds(1, [&](std::size_t) { graph.compute(); }, stop) / (repeats * kOperations);
     });
 }
 
@@ -457,7 +457,7 @@ double graph_seconds(const Backends& backends, const Stop& stop) {
         ggml_tensor* vector = graph.input(GGML_TYPE_F32, {kWidth});
         graph.add(ggml_add(graph.context(), vector, vector), true);
         graph.allocate();
-        return quick_seconds(1, [&](std::size_t) { graph.compute(); }, stop);
+        return undisturbed_seconds(1, [&](std::size_t) { graph.compute(); }, stop);
     });
 }
 
@@ -471,7 +471,7 @@ double crossing_seconds(const Backends& backends, const Stop& stop) {
             graph.add(x, i % 2 == 0);
         }
         graph.allocate();
-        return quick_seconds(1, [&](std::size_t) { graph.compute(); }, stop) / kCrossings;
+        return undisturbed_seconds(1, [&](std::size_t) { graph.compute(); }, stop) / kCrossings;
     });
 }
 
@@ -509,7 +509,7 @@ std::pair<double, double> attention_seconds(ggml_backend_dev_t device, const Bac
             run.graph.add(node, true);
         }
         run.graph.allocate();
-        return {quick_seconds(1, [&](std::size_t) { run.graph.compute(); }, stop), static_cast<double>(kCaches * kHeads * length * kHeadSize * 2 * 2)};
+        return {undisturbed_seconds(1, [&](std::size_t) { run.graph.compute(); }, stop), static_cast<double>(kCaches * kHeads * length * kHeadSize * 2 * 2)};
     });
 }
 
@@ -538,7 +538,7 @@ double copy_rate(ggml_backend_dev_t device, const Stop& stop) {
             ggml_backend_tensor_set(tensor, source.data(), 0, kBytes);
             ggml_backend_tensor_get(tensor, &last, kBytes - 1, 1);  // it is there when its last byte comes back
         };
-        return static_cast<double>(kBytes) / quick_seconds(1, copy, stop);
+        return static_cast<double>(kBytes) / undisturbed_seconds(1, copy, stop);
     });
 }
 
@@ -563,7 +563,7 @@ double memory_rate(int threads, const Stop& stop) {
             other.join();
         }
     };
-    const double seconds = quick_seconds(blocks, read, stop);
+    const double seconds = undisturbed_seconds(blocks, read, stop);
     if (sums[0] == 0) {  // never: it keeps the sums from being optimised away
         throw Error("memory could not be read");
     }
