@@ -1,6 +1,6 @@
 """Predicted against measured decode speed: tokens per second of one stream, 128 of them after a one-token prompt, all on the CPU.
 
-The prediction is made first, from the file's header and from rates measured in this run, none of which is of the model. The ratio is the
+Each prediction is made before the run that it is compared with, from a plan and from rates measured in this run, none of which is of the model. The ratio is the
 predicted speed over the measured one; the target is that neither is more than 25 % above the other. What moe-fit says of the same files is
 noted with it.
 """
@@ -21,14 +21,14 @@ from benchmarks.synthetic_model import synthetic_model_path
 from llama_moe import SamplingParams
 from llama_moe.bandwidth import bandwidths
 from llama_moe.demo_model import demo_model_path, dense_model_path
-from llama_moe.prediction import PlacedTensor, Prediction, predict_decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from llama_moe import Engine, ModelInfo
+    from llama_moe import Engine
+    from llama_moe.prediction import Prediction
 
 TOKENS = 128
 MOST_OFF = 1.25
@@ -40,30 +40,11 @@ MODELS: dict[str, Callable[[], Path]] = {
 }
 
 
-def predict(info: ModelInfo, threads: int) -> Prediction:
+def predict(path: Path, threads: int) -> Prediction:
     """Predicts with freshly measured rates."""
-    rates = bandwidths(info, devices=[], threads=threads, measure_again=True)
-    tensors = [
-        PlacedTensor(name=t.name, type=t.type, shape=t.shape, bytes=t.bytes, device="CPU", role=t.role, layer=t.layer) for t in info.tensors
-    ]
-
-    def number(key: str, otherwise: int = 0) -> int:
-        value = info.metadata.get(f"{info.architecture}.{key}", otherwise)
-        assert isinstance(value, int)
-        return value
-
-    heads = number("attention.head_count")
-    kv_heads = number("attention.head_count_kv", heads)
-    head_size = number("attention.key_length", number("embedding_length") // heads)
-    return predict_decode(
-        tensors,
-        rates.devices,
-        expert_count=info.expert_count,
-        experts_used=info.experts_used,
-        kv_bytes_per_token={"CPU": info.layer_count * kv_heads * head_size * 2 * 2},  # keys and values of 16 bits
-        query_heads_per_kv_head=heads / kv_heads,
-        context_used=TOKENS // 2,  # on average
-    )
+    plan = llama_moe.plan(path, experts="gpu", devices=[], context_size=4096)
+    rates = bandwidths(plan.info, devices=[], threads=threads, measure_again=True)
+    return plan.predict(context_used=TOKENS // 2, bandwidths=rates)  # that many on average
 
 
 def stream_rate(llm: Engine) -> float:
@@ -77,13 +58,12 @@ def test_predicted_against_measured_decode(
     benchmark: BenchmarkFixture, name: str, threads: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = MODELS[name]()
-    info = llama_moe.inspect(path)
     with llama_moe.load(path, experts="gpu", devices=[], context_size=4096, threads=threads) as llm:
         llm.generate([0], SamplingParams(max_tokens=4))  # what the first graph costs is not what is predicted
         predictions: list[Prediction] = []
 
         def pair() -> tuple[float, float]:
-            predictions.append(predict(info, threads))
+            predictions.append(predict(path, threads))
             return predictions[-1].decode_tokens_per_second, stream_rate(llm)
 
         compare_pairs(benchmark, pair, model=path.name, threads=threads, unit="tokens/s", peer="the measured speed")
