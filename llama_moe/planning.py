@@ -290,7 +290,8 @@ def plan(
     with header_file(path) as header:
         info = replace(inspect(header), path=os.fspath(path))
         native = _core.make_plan(header, options, policy._to_native(), usable)
-    size = context_pool or (context_size or _number(info, "context_length", 0)) * max_sequences
+    size = context_pool or context_size or _number(info, "context_length", 0)
+    rounded = -(-size // _CONTEXT_STEP) * _CONTEXT_STEP
     return Plan(
         info=info,
         experts=policy,
@@ -299,7 +300,7 @@ def plan(
         capacity=dict(native.capacities),
         shortfall={missing.device: missing.needed - missing.capacity for missing in native.shortfalls},
         summary=native.summary,
-        context_tokens=-(-size // _CONTEXT_STEP) * _CONTEXT_STEP,
+        context_tokens=rounded if context_pool else rounded * max_sequences,
         layer_devices=tuple(native.layer_devices),
         host_memory=host_memory,
         repack=repack,

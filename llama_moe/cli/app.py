@@ -144,13 +144,15 @@ def plan(
         ),
     ] = None,
     ram: Annotated[str | None, typer.Option("--ram", metavar="SIZE", help="Host memory to use. Default: what is available.")] = None,
-    overhead: Annotated[str, typer.Option("--overhead", metavar="SIZE", help="What the driver takes of each --vram.")] = "512MiB",
+    overhead: Annotated[
+        str | None, typer.Option("--overhead", metavar="SIZE", help="What the driver takes of each --vram. Default: 512MiB.")
+    ] = None,
     bandwidth: Annotated[
         str | None, typer.Option("--bandwidth", metavar="RATE", help="Of the memory of each --vram, such as 448GB/s, for predicted speeds.")
     ] = None,
     reserve: Annotated[str, typer.Option("--reserve", metavar="SIZE", help="What the fitted plan leaves free on each GPU.")] = "512MiB",
     context_size: ContextSizeOption = 4096,
-    max_sequences: Annotated[int, typer.Option("--sequences", min=1, metavar="N", help="Sequences held at once.")] = 1,
+    max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, metavar="N", help="Sequences held at once.")] = 1,
     kv_type: Annotated[str, typer.Option("--kv-type", metavar="TYPE", help="Number format of the KV cache, such as q8_0.")] = "f16",
     gpu_layers: Annotated[int | None, typer.Option("--gpu-layers", min=0, metavar="N", help="Layers on the GPU. Default: all.")] = None,
     rpc: RpcOption = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,7 +12,8 @@ import llama_moe
 from llama_moe import DeviceSpec, ExpertPlacement, Plan
 from llama_moe._sizes import format_size, parse_rate
 from llama_moe._table import columns
-from llama_moe.errors import DoesNotFitError, InvalidOptionError
+from llama_moe.errors import DoesNotFitError, LlamaMoeError
+from llama_moe.inspection import header_file
 from llama_moe.planning import ASSUMED_BANDWIDTH
 
 from .console import EXIT_FAILURE, note
@@ -29,7 +31,7 @@ def show_plans(
     *,
     vram: Sequence[str],
     ram: str | None,
-    overhead: str,
+    overhead: str | None,
     bandwidth: str | None,
     reserve: str,
     context_size: int,
@@ -41,29 +43,41 @@ def show_plans(
     as_json: bool,
 ) -> None:
     """Plans for all experts on accelerators, all on the CPU, and the fitted placement; exits with 1 if the fitted one does not fit."""
-    for endpoint in rpc:
-        llama_moe.add_rpc_device(endpoint)
+    for name, value in (("--overhead", overhead), ("--bandwidth", bandwidth)):
+        if value is not None and not vram:
+            raise typer.BadParameter("it is of the GPU that --vram describes, and none is given", param_hint=name)
     if bandwidth is not None:
         parse_rate(bandwidth, "--bandwidth")
-    specs = [DeviceSpec(f"GPU{i}" if len(vram) > 1 else "GPU", size, overhead=overhead, bandwidth=bandwidth) for i, size in enumerate(vram)]
+    workers = [device for endpoint in rpc for device in llama_moe.add_rpc_device(endpoint)]
+    specs = [
+        DeviceSpec(f"GPU{i}" if len(vram) > 1 else "GPU", size, overhead=overhead or "512MiB", bandwidth=bandwidth)
+        for i, size in enumerate(vram)
+    ]
     plans: dict[str, Plan] = {}
     failure: DoesNotFitError | None = None
-    for kind, experts in (("gpu", ExpertPlacement.gpu()), ("cpu", ExpertPlacement.cpu()), ("fit", ExpertPlacement.fit(reserve=reserve))):
-        if kind == "cpu" and not plans["gpu"].info.expert_count:
-            continue
-        try:
-            plans[kind] = llama_moe.plan(
-                model,
-                devices=specs or None,
-                ram=ram,
-                experts=experts,
-                context_size=context_size,
-                max_sequences=max_sequences,
-                kv_type=kv_type,
-                gpu_layers="all" if gpu_layers is None else gpu_layers,
-            )
-        except DoesNotFitError as error:
-            failure = error
+    with header_file(model) as header:  # fetched once, where it is on a server
+        for kind, experts in (
+            ("gpu", ExpertPlacement.gpu()),
+            ("cpu", ExpertPlacement.cpu()),
+            ("fit", ExpertPlacement.fit(reserve=reserve)),
+        ):
+            if kind == "cpu" and not plans["gpu"].info.expert_count:
+                continue
+            try:
+                plan = llama_moe.plan(
+                    header,
+                    devices=[*specs, *workers] if specs else None,
+                    ram=ram,
+                    experts=experts,
+                    context_size=context_size,
+                    max_sequences=max_sequences,
+                    kv_type=kv_type,
+                    gpu_layers="all" if gpu_layers is None else gpu_layers,
+                )
+            except DoesNotFitError as error:
+                failure = error
+            else:
+                plans[kind] = replace(plan, info=replace(plan.info, path=model))
     speeds = _predicted(plans) if predict else {}
     if as_json:
         typer.echo(json.dumps(_as_data(plans, speeds, failure), indent=2))
@@ -78,15 +92,21 @@ def show_plans(
 
 
 def _predicted(plans: dict[str, Plan]) -> dict[str, Prediction | None]:
-    measured = plans.get("cpu", plans["gpu"]).bandwidths()  # the plan that needs most of the host
+    """The speeds; None where one cannot be predicted, and the reason is noted."""
+    try:
+        measured = plans.get("cpu", plans["gpu"]).bandwidths()  # the plan that needs most of the host
+    except LlamaMoeError as error:
+        note(f"no predicted speeds: {error}")
+        return dict.fromkeys(plans)
 
-    def predicted(plan: Plan) -> Prediction | None:
+    def predicted(kind: str) -> Prediction | None:
         try:
-            return plan.predict(bandwidths=measured)
-        except InvalidOptionError:  # a format that a device cannot compute, or more than fits and no file to read
+            return plans[kind].predict(bandwidths=measured)
+        except LlamaMoeError as error:
+            note(f"no predicted speed of {_TITLES[kind]}: {error}")
             return None
 
-    return {kind: predicted(plan) for kind, plan in plans.items()}
+    return {kind: predicted(kind) for kind in plans}
 
 
 def _as_data(plans: dict[str, Plan], speeds: dict[str, Prediction | None], failure: DoesNotFitError | None) -> dict[str, Any]:

@@ -180,6 +180,43 @@ TEST_CASE("fit shares layers out so that most experts stay, equally on equal dev
     CHECK_EQ(experts_on(search(output_heavy, options), "CPU"), 240 * kMiB - 50 * kMiB);
 }
 
+TEST_CASE("fit counts no layer that is not loaded") {
+    auto info = moe_header();
+    info.nextn_layer_count = 1;
+    ByHand hand{info};
+    const std::uint64_t others = 11 * kMiB;
+    CHECK_EQ(experts_on(search(hand, gpus({others + 60 * kMiB})), "GPU0"), 60 * kMiB);
+    // A damaged header: tensors of layers beyond those it says it has.
+    auto damaged = moe_header();
+    damaged.layer_count = 2;
+    ByHand other{damaged};
+    search(other, gpus({20 * kMiB}));
+}
+
+TEST_CASE("memory that a device shares with the host counts there as well") {
+    const std::vector<MemoryRow> rows = {{"IGPU", "weights", 5}, {"GPU", "weights", 7}, {"CPU", "weights", 3}};
+    const std::vector<Capacity> limits = {{"IGPU", 6, true}, {"GPU", 7, false}, {"CPU", 7, true}};
+    const auto missing = shortfalls(rows, limits, 0);
+    REQUIRE(missing.size() == 1);
+    CHECK_EQ(missing[0].device, "CPU");
+    CHECK_EQ(missing[0].needed, 8u);
+    CHECK_EQ(shortfalls(rows, {{"GPU", 7, false}}, UINT64_MAX).size(), 1u);  // no overflow
+}
+
+TEST_CASE("a plan that was cancelled ends") {
+    auto polls = std::make_shared<int>(0);
+    struct Interrupt {};
+    bool left = false;
+    try {
+        make_plan(test::tiny_model_file(), gpus({kMiB}), fit(), std::nullopt, [polls] { throw Interrupt{}; });
+    } catch (const Interrupt&) {
+        left = true;
+    } catch (const DoesNotFitError&) {  // it was quicker than the first poll
+        left = true;
+    }
+    CHECK(left);
+}
+
 TEST_CASE("fit without accelerators or without experts has nothing to move") {
     const auto dense = dense_header();
     ByHand hand{dense};

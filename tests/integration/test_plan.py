@@ -183,6 +183,23 @@ def test_memory_that_cannot_be_pinned_is_refused(tiny_model: Paths, accelerator:
     assert caught.value.changes == ("host_memory='mmap'",)
 
 
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({"context_size": 100, "max_sequences": 4}, 4 * 256),
+        ({"context_size": 300, "max_sequences": 3}, 3 * 512),
+        ({"context_size": 300, "context_pool": 700, "max_sequences": 3}, 768),
+        ({"context_size": 0}, 1024),
+    ],
+    ids=str,
+)
+def test_the_tokens_that_the_cache_holds(options: dict[str, int], tokens: int, tiny_model: Paths) -> None:
+    plan = llama_moe.plan(tiny_model(NAME), devices=DeviceSpec("GPU", "1GiB"), **options)  # type: ignore[arg-type]
+    spec = MODELS[NAME]
+    assert plan.context_tokens == tokens
+    assert sizes(plan.memory)["GPU", "kv_cache"] == tokens * 2 * spec.layers * spec.kv_heads * spec.head_size * 2
+
+
 # ---- fit
 
 

@@ -84,3 +84,18 @@ def test_one_fits_a_card_of_8_gib(plan_of: PlanOf) -> None:
     # One more layer's experts would not fit.
     expert_bytes = sum(tensor.bytes for tensor in plan.placement if tensor.role == "experts")
     assert plan.device_bytes + expert_bytes // (info.layer_count - 1) > (8 << 30) - (512 << 20)
+
+
+def test_a_quantised_cache_needs_a_copy_in_f16(plan_of: PlanOf) -> None:
+    # As ggml's CUDA kernels for prompts do: keys and values of one layer, 8 heads of 128 each, 2 bytes.
+    path = plan_of(PHI, "Q4_K_M", "gpu").info.path
+
+    def compute(kv_type: str, context_size: int) -> int:
+        plan = llama_moe.plan(
+            path, experts="gpu", devices=DeviceSpec("GH200", "96GiB"), ram="480GiB", kv_type=kv_type, context_size=context_size
+        )
+        return next(row.bytes for row in plan.rows if (row.device, row.role) == ("GH200", "compute"))
+
+    copy = 32768 * 2 * 8 * 128 * 2
+    assert compute("q8_0", 32768) > max(copy, compute("f16", 32768))
+    assert compute("f16", 32768) < 1.1 * copy  # which it needs for something else, at another time

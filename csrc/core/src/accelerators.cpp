@@ -6,6 +6,7 @@
 #include "failed_devices.h"
 #include "llama.h"
 #include "llama_moe/error.h"
+#include "machine.h"
 
 namespace llama_moe {
 
@@ -38,17 +39,16 @@ Accelerators::Accelerators(const ModelOptions& options) {
         std::size_t free = 0;
         std::size_t total = 0;
         ggml_backend_dev_memory(device, &free, &total);
-        if (total == 0) {  // a device that cannot tell shares the host's memory
-            ggml_backend_dev_memory(cpu_device(), &free, &total);
-        }
-        entries_.push_back({device, device_name(device), free, 0});
+        const bool shares_host = total == 0 || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_IGPU;
+        const std::uint64_t usable = total == 0 ? available_ram() : free;
+        entries_.push_back({device, device_name(device), usable, 0, shares_host});
     }
     for (const auto& spec : options.hypothetical_devices) {
         if (spec.name.empty() || spec.name == "CPU" || find(spec.name) != nullptr) {
             throw PlacementError("a hypothetical device is named '" + spec.name + "'; give each a name of its own");
         }
         hypothetical_.push_back(std::make_unique<HypotheticalDevice>(spec.name, spec.memory));
-        entries_.push_back({hypothetical_.back()->get(), spec.name, spec.memory, spec.overhead});
+        entries_.push_back({hypothetical_.back()->get(), spec.name, spec.memory, spec.overhead, false});
     }
     if (entries_.size() > llama_max_devices()) {
         throw PlacementError(std::to_string(entries_.size()) + " devices; llama.cpp uses at most " + std::to_string(llama_max_devices()));

@@ -18,8 +18,9 @@ class Accelerators {
     struct Entry {
         ggml_backend_dev_t device;
         std::string name;
-        std::uint64_t free;      // bytes that may be used; of a device that cannot tell, the host's
+        std::uint64_t free;      // bytes that may be used
         std::uint64_t overhead;  // bytes of those that its driver will take
+        bool shares_host;        // what it holds is host memory: an integrated GPU, and a device that cannot tell what it has
     };
 
     // Throws PlacementError for a device that is not there, has failed, or stands twice.

@@ -10,6 +10,7 @@
 #include "fit_changes.h"
 #include "loaded_model.h"
 #include "machine.h"
+#include "native_context.h"
 #include "placement_rules.h"
 
 namespace llama_moe {
@@ -65,6 +66,7 @@ class Search {
           measure_(measure),
           rules_(policy_overrides(gguf, policy, accelerators)),
           capacities_(capacities(accelerators, policy)),
+          reserve_(std::min(policy.reserve, std::uint64_t{1} << 60)),
           split_(default_split(accelerators)) {
         weigh_layers();
     }
@@ -100,6 +102,7 @@ class Search {
     const Measure& measure_;
     const std::vector<PlacementOverride> rules_;
     const std::vector<Capacity> capacities_;
+    const std::uint64_t reserve_;  // bounded, so that sums stay in range
     std::vector<float> split_;
     std::vector<Layer> layers_;
 };
@@ -113,8 +116,8 @@ void Search::weigh_layers() {
     const auto ruled = matched_tensors(gguf_, rules_);
     for (std::size_t i = 0; i < gguf_.tensors.size(); i++) {
         const auto& tensor = gguf_.tensors[i];
-        if (tensor.layer < 0 || ruled[i]) {
-            continue;
+        if (tensor.layer < 0 || tensor.layer >= gguf_.layer_count - gguf_.nextn_layer_count || ruled[i]) {
+            continue;  // of no layer that is loaded (a damaged header may name others), or placed by the user
         }
         auto& layer = layers_[static_cast<std::size_t>(tensor.layer)];
         const std::uint64_t bytes = allocated_bytes(tensor, device);
@@ -204,7 +207,7 @@ void Search::balance(const Trial& all_moved) {
         for (const int layer : layers_on(entry.name)) {
             bytes -= std::min(bytes, layers_[static_cast<std::size_t>(layer)].others);
         }
-        fixed.push_back(bytes + policy_.reserve);
+        fixed.push_back(bytes + reserve_);
     }
     // Bytes missing, and bytes of experts kept.
     const auto judge = [&](const std::vector<int>& candidate) {
@@ -253,7 +256,7 @@ std::vector<int> Search::estimate(const Trial& all_moved, const Trial& none_move
     for (std::size_t i = 0; i < accelerators_.entries().size(); i++) {
         const auto& device = accelerators_.entries()[i].name;
         const std::uint64_t compute = bytes_of(all_moved.rows, device, "compute");
-        const std::uint64_t needed = bytes_of(all_moved.rows, device) - compute + policy_.reserve +
+        const std::uint64_t needed = bytes_of(all_moved.rows, device) - compute + reserve_ +
                                      std::max(compute, bytes_of(none_moved.rows, device, "compute"));
         keep(layers_on(device), capacities_[i].bytes > needed ? capacities_[i].bytes - needed : 0, levels);
     }
@@ -332,10 +335,13 @@ ResolvedPlacement Search::run() {
     }
     levels = estimate(all_moved, best);
     best = attempt(levels);
-    int steps = 0;
-    for (; any_accelerator(best.missing) && steps < kMaxSteps; steps++) {
+    for (int steps = 0; any_accelerator(best.missing) && steps < kMaxSteps; steps++) {
+        bool moved = false;
         for (const auto& shortfall : best.missing) {
-            move_more(shortfall.device, levels);
+            moved = move_more(shortfall.device, levels) || moved;
+        }
+        if (!moved) {
+            break;
         }
         best = attempt(levels);
     }
@@ -344,6 +350,7 @@ ResolvedPlacement Search::run() {
         best = std::move(all_moved);
     }
     // The estimate is on the safe side: its compute buffers are those of the worst case.
+    int steps = 0;
     for (const auto& entry : accelerators_.entries()) {
         for (bool fits = true; fits && steps < kMaxSteps; steps++) {
             auto fewer = levels;
@@ -367,17 +374,21 @@ ResolvedPlacement Search::run() {
 std::vector<Capacity> capacities(const Accelerators& accelerators, const PlacementPolicy& policy) {
     std::vector<Capacity> result;
     for (const auto& entry : accelerators.entries()) {
-        result.push_back({entry.name, std::min(policy.vram.value_or(UINT64_MAX), entry.free)});
+        result.push_back({entry.name, std::min(policy.vram.value_or(UINT64_MAX), entry.free), entry.shares_host});
     }
-    result.push_back({"CPU", policy.ram.value_or(available_ram())});
+    result.push_back({"CPU", policy.ram.value_or(available_ram()), true});
     return result;
 }
 
 std::vector<Shortfall> shortfalls(const std::vector<MemoryRow>& rows, const std::vector<Capacity>& capacities, std::uint64_t reserve) {
     std::vector<Shortfall> missing;
     for (const auto& capacity : capacities) {
-        const std::uint64_t used = bytes_of(rows, capacity.device);
-        const std::uint64_t needed = used + (capacity.device == "CPU" || used == 0 ? 0 : reserve);
+        const bool host = capacity.device == "CPU";
+        std::uint64_t used = 0;
+        for (const auto& other : capacities) {
+            used += other.device == capacity.device || (host && other.shares_host) ? bytes_of(rows, other.device) : 0;
+        }
+        const std::uint64_t needed = used + (host || used == 0 ? 0 : std::min(reserve, UINT64_MAX - used));
         if (needed > capacity.bytes) {
             missing.push_back({capacity.device, needed, capacity.bytes});
         }
@@ -400,14 +411,25 @@ ResolvedPlacement fit_placement(const GgufInfo& gguf, const ModelOptions& option
 }
 
 ResolvedPlacement fit_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy,
-                                const std::shared_ptr<const Accelerators>& accelerators) {
+                                const std::shared_ptr<const Accelerators>& accelerators, const std::atomic<bool>& cancelled) {
     const auto with = [&](const ModelOptions& changed, const PlacementPolicy& changed_policy) {
-        return fit_placement(gguf, changed, changed_policy, *accelerators,
-                             [&](const ResolvedPlacement& placement) { return dry_run(gguf, changed, placement, accelerators); });
+        return fit_placement(gguf, changed, changed_policy, *accelerators, [&](const ResolvedPlacement& placement) {
+            if (cancelled.load()) {
+                throw CancelledError("planning for '" + gguf.path + "' was cancelled");
+            }
+            try {
+                return dry_run(gguf, changed, placement, accelerators);
+            } catch (const NoDecoderError&) {  // nobody can make an engine of it, so there is nothing besides weights to leave room for
+                return count_memory(gguf, placement.tensors, *accelerators);
+            }
+        });
     };
     try {
         return with(options, policy);
     } catch (const DoesNotFitError& error) {
+        if (error.shortfalls.empty()) {  // a dry run failed for lack of memory here, which says nothing of other options
+            throw;
+        }
         const auto changes = changes_that_fit(gguf, options, policy, error.shortfalls, with);
         std::string advice;
         for (const auto& change : changes) {

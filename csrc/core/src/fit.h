@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -15,6 +16,7 @@ namespace llama_moe {
 struct Capacity {
     std::string device;
     std::uint64_t bytes;
+    bool shares_host;  // what it holds counts as host memory as well
 };
 std::vector<Capacity> capacities(const Accelerators& accelerators, const PlacementPolicy& policy);
 
@@ -29,8 +31,9 @@ using Measure = std::function<std::vector<MemoryRow>(const ResolvedPlacement&)>;
 
 // The placement that leaves the fewest bytes of experts to the CPU and fits, for a model with the given rules before it. Fewer bytes read
 // by the slowest memory for each token is what makes a placement quicker. Throws DoesNotFitError, which says what would help.
+// `cancelled` ends the search with CancelledError.
 ResolvedPlacement fit_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy,
-                                const std::shared_ptr<const Accelerators>& accelerators);
+                                const std::shared_ptr<const Accelerators>& accelerators, const std::atomic<bool>& cancelled);
 
 // The search itself, whatever measures the placements.
 ResolvedPlacement fit_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy,

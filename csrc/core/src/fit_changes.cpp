@@ -6,6 +6,10 @@
 namespace llama_moe {
 namespace {
 
+using Change = std::function<void(ModelOptions&, PlacementPolicy&)>;
+
+enum class Outcome { fits, lacks_host_memory, too_large };
+
 constexpr int kContextStep = 256;  // llama.cpp rounds contexts up to multiples of this
 
 // The largest of 1..most that `fits`; nothing when none does. What fits stays so when it gets smaller.
@@ -26,17 +30,21 @@ std::optional<int> largest(int most, const std::function<bool(int)>& fits) {
 
 std::vector<std::string> changes_that_fit(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy,
                                           const std::vector<Shortfall>& missing, const FitWith& fit) {
-    const auto fits = [&](const std::function<void(ModelOptions&, PlacementPolicy&)>& change) {
+    const auto outcome = [&](const Change& change) {
         ModelOptions changed = options;
         PlacementPolicy changed_policy = policy;
         change(changed, changed_policy);
         try {
             fit(changed, changed_policy);
-            return true;
-        } catch (const Error&) {  // too large, or not possible for this model
-            return false;
+            return Outcome::fits;
+        } catch (const DoesNotFitError& error) {
+            const bool only_host = std::all_of(error.shortfalls.begin(), error.shortfalls.end(), [](const auto& s) { return s.device == "CPU"; });
+            return only_host ? Outcome::lacks_host_memory : Outcome::too_large;
+        } catch (const InvalidOptionError&) {  // not possible for this model
+            return Outcome::too_large;
         }
     };
+    const auto fits = [&](const Change& change) { return outcome(change) == Outcome::fits; };
     std::vector<std::string> changes;
     const auto& engine = options.fit_for;
     const int context = engine.context_size > 0 ? engine.context_size : static_cast<int>(gguf.architecture_integer("context_length", 0));
@@ -72,8 +80,10 @@ std::vector<std::string> changes_that_fit(const GgufInfo& gguf, const ModelOptio
         return changes;
     }
     const int layers = options.gpu_layers < 0 ? gguf.layer_count + 1 : options.gpu_layers;
-    const auto on_gpu = largest(layers - 1, [&](int n) { return fits([n](auto& changed, auto&) { changed.gpu_layers = n; }); });
-    if (on_gpu) {
+    // Fewer layers there are more here: the most that the accelerators can hold are the only ones that the host may hold too.
+    const auto layers_of = [](int n) { return [n](ModelOptions& changed, PlacementPolicy&) { changed.gpu_layers = n; }; };
+    const auto on_gpu = largest(layers - 1, [&](int n) { return outcome(layers_of(n)) != Outcome::too_large; });
+    if (on_gpu && fits(layers_of(*on_gpu))) {
         changes.push_back("gpu_layers=" + std::to_string(*on_gpu));
     }
     if (policy.reserve >= most && fits([&](auto&, auto& changed) { changed.reserve = policy.reserve - most; })) {

@@ -50,8 +50,26 @@ ggml_backend_buffer_i buffer_interface() {
     return interface;
 }
 
+// Attention over a cache in another format than f16 works on a copy in f16, for which room is left behind its result.
+std::size_t attention_copies(const ggml_tensor* attention) {
+    const auto* keys = attention->src[1];
+    const auto* values = attention->src[2];
+    const bool share = values->view_src != nullptr && (values->view_src == keys || values->view_src == keys->view_src) &&
+                       values->view_offs == keys->view_offs;
+    std::size_t size = 0;
+    for (const auto* cache : {keys, values}) {
+        if (cache->type != GGML_TYPE_F16 && !(cache == values && share)) {
+            size = GGML_PAD(size, kAlignment) + static_cast<std::size_t>(ggml_nelements(cache)) * sizeof(ggml_fp16_t);
+        }
+    }
+    return size;
+}
+
 std::size_t alloc_size(ggml_backend_buffer_type_t /*type*/, const ggml_tensor* tensor) {
     std::size_t size = ggml_nbytes(tensor);
+    if (tensor->op == GGML_OP_FLASH_ATTN_EXT) {
+        size = GGML_PAD(size, kAlignment) + attention_copies(tensor);
+    }
     if (const std::int64_t rest = tensor->ne[0] % kRowPadding; ggml_is_quantized(tensor->type) && rest != 0) {
         size += ggml_row_size(tensor->type, kRowPadding - rest);
     }
@@ -70,8 +88,44 @@ std::int64_t batch_size(const ggml_tensor* op) {
     }
 }
 
-// Everything, on tensors that are not in another device's memory.
+// Head sizes, sharing of heads and cache formats for which ggml's CUDA backend has a kernel (fattn.cu).
+bool supports_attention(const ggml_tensor* op) {
+    const auto* keys = op->src[1];
+    const auto* values = op->src[2];
+    const auto* mask = op->src[3];
+    static const ggml_type formats[] = {GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q4_0,
+                                        GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0};
+    for (const auto* cache : {keys, values}) {
+        if (std::find(std::begin(formats), std::end(formats), cache->type) == std::end(formats)) {
+            return false;
+        }
+    }
+    if (mask != nullptr && mask->ne[2] != 1) {
+        return false;
+    }
+    const std::int64_t heads_per_cache_head = op->src[0]->ne[2] / keys->ne[2];
+    switch (keys->ne[0]) {
+        case 40:
+        case 64:
+        case 72:
+        case 80:
+        case 96:
+        case 112:
+        case 128:
+        case 256:
+        case 512: return values->ne[0] == keys->ne[0] && (keys->ne[0] < 512 || heads_per_cache_head >= 2);
+        case 192: return values->ne[0] == 128 && heads_per_cache_head % 8 == 0;
+        case 320: return values->ne[0] == 256 && heads_per_cache_head % 32 == 0;
+        case 576: return values->ne[0] == 512 && heads_per_cache_head >= 2;
+        default: return false;
+    }
+}
+
+// Nearly everything, on tensors that are not in another device's memory.
 bool supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
+    if (op->op == GGML_OP_FLASH_ATTN_EXT && !supports_attention(op)) {
+        return false;
+    }
     return std::all_of(std::begin(op->src), std::end(op->src), [&](const ggml_tensor* source) {
         if (source == nullptr || source->buffer == nullptr) {
             return true;
@@ -119,7 +173,7 @@ HypotheticalDevice::HypotheticalDevice(const std::string& name, std::uint64_t me
         props->description = kName;
         props->type = GGML_BACKEND_DEVICE_TYPE_GPU;
         props->memory_free = props->memory_total = State::of(d).memory;
-        props->caps.async = props->caps.events = true;
+        props->caps.async = props->caps.events = props->caps.mmap_support = true;
     };
     device.iface.init_backend = [](ggml_backend_dev_t d, const char*) -> ggml_backend_t {
         ggml_backend_i interface {};

@@ -55,24 +55,6 @@ std::uint64_t allocated_bytes(const TensorInfo& tensor, ggml_backend_buffer_type
     return GGML_PAD(bytes, ggml_backend_buft_get_alignment(type));
 }
 
-std::vector<MemoryRow> count_memory(const GgufInfo& gguf, const std::vector<TensorPlacement>& placement, const Accelerators& accelerators) {
-    std::map<std::string, const TensorInfo*> by_name;
-    for (const auto& tensor : gguf.tensors) {
-        by_name[tensor.name] = &tensor;
-    }
-    std::map<std::pair<std::string, std::string>, std::uint64_t> sums;
-    for (const auto& tensor : placement) {
-        ggml_backend_dev_t device = accelerators.find(tensor.device);
-        const std::string role = tensor.role == TensorRole::experts ? "experts" : "weights";
-        sums[{tensor.device, role}] += allocated_bytes(*by_name.at(tensor.name), ggml_backend_dev_buffer_type(device));
-    }
-    std::vector<MemoryRow> rows;
-    for (const auto& [key, bytes] : sums) {
-        rows.push_back({key.first, key.second, bytes});
-    }
-    return rows;
-}
-
 std::uint64_t fingerprint(const GgufInfo& gguf) {
     std::uint64_t hash = 1469598103934665603ull;  // FNV-1a, 64 bits
     const auto add = [&hash](const std::string& text) {
@@ -201,13 +183,31 @@ std::uint64_t allocated_bytes(const TensorInfo& tensor, ggml_backend_dev_t devic
     return allocated_bytes(tensor, ggml_backend_dev_buffer_type(device));
 }
 
+std::vector<MemoryRow> count_memory(const GgufInfo& gguf, const std::vector<TensorPlacement>& placement, const Accelerators& accelerators) {
+    std::map<std::string, const TensorInfo*> by_name;
+    for (const auto& tensor : gguf.tensors) {
+        by_name[tensor.name] = &tensor;
+    }
+    std::map<std::pair<std::string, std::string>, std::uint64_t> sums;
+    for (const auto& tensor : placement) {
+        ggml_backend_dev_t device = accelerators.find(tensor.device);
+        const std::string role = tensor.role == TensorRole::experts ? "experts" : "weights";
+        sums[{tensor.device, role}] += allocated_bytes(*by_name.at(tensor.name), ggml_backend_dev_buffer_type(device));
+    }
+    std::vector<MemoryRow> rows;
+    for (const auto& [key, bytes] : sums) {
+        rows.push_back({key.first, key.second, bytes});
+    }
+    return rows;
+}
+
 LoadedModel::~LoadedModel() {
     if (model == nullptr) {
         return;
     }
     // On a thread that can be given up: freeing memory on a worker that died or hangs never returns.
     try {
-        run_native([native = model] { llama_model_free(native); }, within_close_limit(devices), {}, devices);
+        run_native([native = model, keep = accelerators] { llama_model_free(native); }, within_close_limit(devices), {}, devices);
     } catch (const std::exception& error) {
         log_line(LogLevel::error, std::string("a model could not be freed: ") + error.what());
     }

@@ -49,9 +49,12 @@ struct LoadControl {
 std::shared_ptr<LoadedModel> load_model(const GgufInfo& gguf, const ModelOptions& options, const ResolvedPlacement& placement,
                                         std::shared_ptr<const Accelerators> accelerators, LoadControl& control);
 
-// The same model without its weights: llama.cpp's dry run, which computes all sizes, reads only headers and allocates nothing.
+// The same model without its weights: llama.cpp's dry run, which computes all sizes and reads only headers.
 std::shared_ptr<LoadedModel> open_dry(const GgufInfo& gguf, const ModelOptions& options, const ResolvedPlacement& placement,
                                       std::shared_ptr<const Accelerators> accelerators);
+
+// Bytes of experts and of other weights by device, as buffers hold them.
+std::vector<MemoryRow> count_memory(const GgufInfo& gguf, const std::vector<TensorPlacement>& placement, const Accelerators& accelerators);
 
 // Bytes of a tensor in a device's memory: llama.cpp pads each one.
 std::uint64_t allocated_bytes(const TensorInfo& tensor, ggml_backend_dev_t device);

@@ -55,7 +55,7 @@ std::shared_ptr<Model> Model::load(const std::string& path, const ModelOptions& 
             model.path_ = path;
             model.gguf_ = read_gguf(path);
             const auto accelerators = std::make_shared<const Accelerators>(options);
-            auto placement = resolve_placement(model.gguf_, options, policy, accelerators);
+            auto placement = resolve_placement(model.gguf_, options, policy, accelerators, result->control.cancelled);
             check_host_memory(options, placement, *accelerators, policy.ram.value_or(available_ram()));
             if (!placement.summary.empty()) {
                 log_line(LogLevel::info, placement.summary);

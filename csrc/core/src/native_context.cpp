@@ -119,7 +119,7 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
     : model_(std::move(model)), should_abort_(std::move(should_abort)) {
     options.validate();
     if (llama_model_has_encoder(model_->model)) {
-        throw InvalidOptionError("this is an encoder-decoder model; only decoder models can generate here");
+        throw NoDecoderError("this is an encoder-decoder model; only decoder models can generate here");
     }
     auto params = native_params(*model_, options, use);
     check_kv_cache(*model_, options, params);
@@ -142,7 +142,7 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
     }
     if (llama_get_memory(context_) == nullptr) {
         llama_free(context_);
-        throw InvalidOptionError("this model keeps no KV cache, as embedding models that read a text as a whole do; only decoder models can be used here");
+        throw NoDecoderError("this model keeps no KV cache, as embedding models that read a text as a whole do; only decoder models can be used here");
     }
     limits_.context_size = static_cast<int>(llama_n_ctx_seq(context_));
     if (use.context_pool > 0 && options.context_size > 0) {

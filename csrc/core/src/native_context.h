@@ -7,6 +7,7 @@
 
 #include "llama.h"
 #include "llama_moe/context.h"
+#include "llama_moe/error.h"
 #include "llama_moe/memory.h"
 #include "llama_moe/routing.h"
 #include "loaded_model.h"
@@ -22,6 +23,11 @@ struct NativeContextUse {
 };
 
 class Batch;
+
+// The model is of a kind that generates nothing here.
+class NoDecoderError : public InvalidOptionError {
+    using InvalidOptionError::InvalidOptionError;
+};
 
 // Owns a llama_context and keeps its model. Made, used and destroyed inside a NativeScope.
 class NativeContext {

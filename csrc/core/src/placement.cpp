@@ -113,7 +113,11 @@ std::string check_device(const std::string& name, const Accelerators& accelerato
         return device_name(device);
     }
     if (find_device(name) == nullptr) {
-        throw PlacementError("no device '" + name + "'; there are: " + known_devices());
+        std::string known = known_devices();
+        for (const auto& entry : accelerators.entries()) {
+            known += is_hypothetical(entry.device) ? ", " + entry.name : "";
+        }
+        throw PlacementError("no device '" + name + "'; there are: " + known);
     }
     throw PlacementError("device '" + name + "' is not among the model's devices; add it to `devices`");
 }
@@ -300,25 +304,35 @@ ResolvedPlacement place_tensors(const GgufInfo& gguf, const ModelOptions& option
 }
 
 ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy,
-                                    const std::shared_ptr<const Accelerators>& accelerators) {
+                                    const std::shared_ptr<const Accelerators>& accelerators, const std::atomic<bool>& cancelled) {
     options.validate();
     if (policy.kind == PlacementPolicy::Kind::fit) {
-        return fit_placement(gguf, options, policy, accelerators);
+        return fit_placement(gguf, options, policy, accelerators, cancelled);
     }
     return place_tensors(gguf, options, *accelerators, policy_overrides(gguf, policy, *accelerators), default_split(*accelerators));
 }
 
 ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy) {
     start_backend();
-    return resolve_placement(gguf, options, policy, std::make_shared<const Accelerators>(options));
+    const std::atomic<bool> never{false};
+    return resolve_placement(gguf, options, policy, std::make_shared<const Accelerators>(options), never);
 }
 
 std::vector<TensorPlacement> resolve_placement(const std::string& path, const ModelOptions& options, const PlacementPolicy& policy,
                                                const Poll& poll) {
     start_backend();
-    auto tensors = std::make_shared<std::vector<TensorPlacement>>();
-    run_native([=] { *tensors = resolve_placement(read_gguf(path), options, policy).tensors; }, poll, {}, chosen_accelerators(options));
-    return *tensors;
+    struct Result {
+        std::vector<TensorPlacement> tensors;
+        std::atomic<bool> cancelled{false};
+    };
+    auto result = std::make_shared<Result>();
+    run_native(
+        [=] {
+            const auto accelerators = std::make_shared<const Accelerators>(options);
+            result->tensors = resolve_placement(read_gguf(path), options, policy, accelerators, result->cancelled).tensors;
+        },
+        poll, [result] { result->cancelled.store(true); }, chosen_accelerators(options));
+    return result->tensors;
 }
 
 }  // namespace llama_moe

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <atomic>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -40,8 +42,9 @@ std::vector<float> default_split(const Accelerators& accelerators);
 ResolvedPlacement place_tensors(const GgufInfo& gguf, const ModelOptions& options, const Accelerators& accelerators,
                                 std::vector<PlacementOverride> overrides, std::vector<float> tensor_split);
 
+// `cancelled` ends the search of fit() with CancelledError.
 ResolvedPlacement resolve_placement(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy,
-                                    const std::shared_ptr<const Accelerators>& accelerators);
+                                    const std::shared_ptr<const Accelerators>& accelerators, const std::atomic<bool>& cancelled);
 
 // For each tensor, whether one of the overrides matches its name.
 std::vector<bool> matched_tensors(const GgufInfo& gguf, const std::vector<PlacementOverride>& overrides);

@@ -1,5 +1,6 @@
 #include "llama_moe/plan.h"
 
+#include <atomic>
 #include <map>
 
 #include "accelerators.h"
@@ -14,12 +15,12 @@
 namespace llama_moe {
 namespace {
 
-Plan plan_for(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy) {
+Plan plan_for(const GgufInfo& gguf, const ModelOptions& options, const PlacementPolicy& policy, const std::atomic<bool>& cancelled) {
     options.fit_for.validate();
     const auto accelerators = std::make_shared<const Accelerators>(options);
     Plan plan;
     plan.path = gguf.path;
-    plan.placement = resolve_placement(gguf, options, policy, accelerators);
+    plan.placement = resolve_placement(gguf, options, policy, accelerators, cancelled);
     check_host_memory(options, plan.placement, *accelerators, *policy.ram);
     plan.rows = dry_run(gguf, options, plan.placement, accelerators);
     const auto limits = capacities(*accelerators, policy);
@@ -46,12 +47,17 @@ Plan plan_for(const GgufInfo& gguf, const ModelOptions& options, const Placement
 Plan make_plan(const std::string& path, const ModelOptions& options, const PlacementPolicy& policy, std::optional<std::uint64_t> ram,
                const Poll& poll) {
     start_backend();
-    auto plan = std::make_shared<Plan>();
+    struct Result {
+        Plan plan;
+        std::atomic<bool> cancelled{false};
+    };
+    auto result = std::make_shared<Result>();
     auto with_ram = policy;
     with_ram.ram = policy.ram.value_or(ram.value_or(available_ram()));
     // On a thread of its own: asking a remote device can block.
-    run_native([=] { *plan = plan_for(read_gguf(path), options, with_ram); }, poll, {}, chosen_accelerators(options));
-    return *plan;
+    run_native([=] { result->plan = plan_for(read_gguf(path), options, with_ram, result->cancelled); }, poll,
+               [result] { result->cancelled.store(true); }, chosen_accelerators(options));
+    return result->plan;
 }
 
 }  // namespace llama_moe

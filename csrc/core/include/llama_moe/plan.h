@@ -23,8 +23,9 @@ struct Plan {
     std::vector<Shortfall> shortfalls;       // empty: it fits
 };
 
-// Reads headers only and allocates nothing. `ram`: bytes of host memory; unset: what is available. Throws what a load would throw for the
-// same options: PlacementError, InvalidOptionError, ModelLoadError, and DoesNotFitError for fit() alone.
+// Reads headers only, and allocates nothing but what llama.cpp allocates in a dry run as well: rows of outputs, and the states of recurrent
+// models. `ram`: bytes of host memory; unset: what is available. Throws what a load would throw for the same options: PlacementError,
+// InvalidOptionError, ModelLoadError, and DoesNotFitError for fit() and for host memory that is refused.
 Plan make_plan(const std::string& path, const ModelOptions& options, const PlacementPolicy& policy, std::optional<std::uint64_t> ram,
                const Poll& poll = {});
 
