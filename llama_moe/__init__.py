@@ -30,7 +30,7 @@ from .devices import Device, add_rpc_device, devices
 from .engine import Engine
 from .inspection import ModelInfo, TensorInfo, inspect
 from .loading import load
-from .memory import MemoryReport
+from .memory import MemoryReport, MemoryRow
 from .model import Model
 from .placement import ExpertPlacement, Placement, TensorPlacement
 from .planning import DeviceSpec, Plan, plan
@@ -43,15 +43,18 @@ from .tokens import Prompt
 
 if TYPE_CHECKING:
     from .aio import AsyncChatStream, AsyncTokenStream
-    from .benchmark_report import BenchmarkReport, BenchmarkRow
+    from .bandwidth import Bandwidths, DeviceRates, DiskRate, ProductKind, bandwidths
+    from .benchmark_report import BenchmarkReport, BenchmarkRow, ModelFacts
     from .benchmarking import benchmark
     from .importance import ImatrixEntry, ImatrixReport, imatrix
-    from .profiles import Profile, TunedOptions
-    from .quality import Quality, QualityReport, compare
+    from .prediction import PlacedTensor, Prediction, predict_decode
+    from .profiles import Profile, ProfileKey, TunedOptions
+    from .quality import Quality, QualityReport, QualityRow, compare
     from .quantization import QuantizedTensor, QuantizeReport, quantization_types, quantize, tensor_types
     from .routing import LayerRouting, RoutingTrace
     from .routing_cache import CacheSimulation
-    from .tuning import tune
+    from .trials import Trial
+    from .tuning import TuningProgress, tune
     from .tuning_report import TuningReport
 
     __version__: str
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncChatStream",
     "AsyncTokenStream",
+    "Bandwidths",
     "BenchmarkReport",
     "BenchmarkRow",
     "CacheSimulation",
@@ -72,7 +76,9 @@ __all__ = [
     "Completion",
     "Context",
     "Device",
+    "DeviceRates",
     "DeviceSpec",
+    "DiskRate",
     "Engine",
     "ExpertPlacement",
     "FinishReason",
@@ -80,15 +86,22 @@ __all__ = [
     "ImatrixReport",
     "LayerRouting",
     "MemoryReport",
+    "MemoryRow",
     "Model",
+    "ModelFacts",
     "ModelInfo",
+    "PlacedTensor",
     "Placement",
     "Plan",
     "Pooling",
+    "Prediction",
+    "ProductKind",
     "Profile",
+    "ProfileKey",
     "Prompt",
     "Quality",
     "QualityReport",
+    "QualityRow",
     "QuantizeReport",
     "QuantizedTensor",
     "RoutingTrace",
@@ -103,10 +116,13 @@ __all__ = [
     "ToolCall",
     "ToolCallDelta",
     "ToolChoice",
+    "Trial",
     "TunedOptions",
+    "TuningProgress",
     "TuningReport",
     "__version__",
     "add_rpc_device",
+    "bandwidths",
     "benchmark",
     "build_info",
     "compare",
@@ -116,6 +132,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "predict_decode",
     "quantization_types",
     "quantize",
     "tensor_types",
@@ -126,23 +143,36 @@ __all__ = [
 _LATE = {
     "AsyncChatStream": "aio",
     "AsyncTokenStream": "aio",
+    "Bandwidths": "bandwidth",
     "BenchmarkReport": "benchmark_report",
     "BenchmarkRow": "benchmark_report",
     "CacheSimulation": "routing_cache",
+    "DeviceRates": "bandwidth",
+    "DiskRate": "bandwidth",
     "ImatrixEntry": "importance",
     "ImatrixReport": "importance",
     "LayerRouting": "routing",
+    "ModelFacts": "benchmark_report",
+    "PlacedTensor": "prediction",
+    "Prediction": "prediction",
+    "ProductKind": "bandwidth",
     "Profile": "profiles",
+    "ProfileKey": "profiles",
     "Quality": "quality",
     "QualityReport": "quality",
+    "QualityRow": "quality",
     "QuantizeReport": "quantization",
     "QuantizedTensor": "quantization",
     "RoutingTrace": "routing",
+    "Trial": "trials",
     "TunedOptions": "profiles",
+    "TuningProgress": "tuning",
     "TuningReport": "tuning_report",
+    "bandwidths": "bandwidth",
     "benchmark": "benchmarking",
     "compare": "quality",
     "imatrix": "importance",
+    "predict_decode": "prediction",
     "quantization_types": "quantization",
     "quantize": "quantization",
     "tensor_types": "quantization",

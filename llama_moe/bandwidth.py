@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -210,7 +211,9 @@ def product_kinds(model: ModelInfo) -> set[ProductKind]:
     return {
         ProductKind(tensor.type, tensor.shape[0], tensor.role == "experts")
         for tensor in model.tensors
-        if len(tensor.shape) > 1 and (tensor.role != "embedding" or (tied and tensor.name == "token_embd.weight"))
+        if len(tensor.shape) > 1
+        and not tensor.name.endswith(".bias")  # those of experts have two dimensions, and are added
+        and (tensor.role != "embedding" or (tied and tensor.name == "token_embd.weight"))
     }
 
 
@@ -331,7 +334,7 @@ class _Store:
         while not mount.is_mount() and mount != mount.parent:
             mount = mount.parent
         held = {} if self._forget else self._read("disks", str(mount))
-        if not held:
+        if not held or not _is_measurable(path):  # which the measurement refuses, saying why
             measured = _core.measure_disk(str(path))
             rate = DiskRate(
                 bytes_per_second=measured.bytes_per_second, method=measured.method, bytes_read=measured.bytes_read, measured=_now()
@@ -364,6 +367,15 @@ class _Store:
                 partial.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         except OSError as error:
             _LOG.warning("what was measured of this machine cannot be kept: %s", error)
+
+
+def _is_measurable(path: Path) -> bool:
+    """Whether it is a file as `bandwidths()` asks for."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size >= 1 << 20
 
 
 def _entry(measured: _core.DeviceRates) -> dict[str, float]:

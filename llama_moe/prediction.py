@@ -125,7 +125,7 @@ def predict_decode(
     vectors: dict[str, int] = defaultdict(int)
     for tensor in _computed(tensors):
         device = _rates_of(rates, tensor.device)
-        if len(tensor.shape) < 2:
+        if len(tensor.shape) < 2 or tensor.name.endswith(".bias"):  # the biases of experts have two dimensions, and are added
             vectors[tensor.device] += 1
             continue
         experts = tensor.role == "experts"

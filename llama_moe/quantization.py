@@ -174,7 +174,8 @@ def quantize(
         embedding: the same for the token embedding.
         overrides: pairs of a regular expression (ECMAScript's, found anywhere in a tensor's name) and a tensor type. The first that
             matches decides, before the roles above.
-        imatrix: an importance matrix for the model, see `llama_moe.imatrix()`. The types "IQ3_XXS" and below need one.
+        imatrix: an importance matrix for the model, see `llama_moe.imatrix()`. The IQ1 and IQ2 types, "IQ3_XXS" and
+            "Q2_K_S" need one.
         requantize: also change tensors that are quantised already, losing precision twice.
         threads: CPU threads; None: one for each core that this process may use.
         dry_run: only report what would be done. Weights are not read.

@@ -30,7 +30,7 @@ from .errors import LlamaMoeError, ModelLoadError
 if TYPE_CHECKING:
     from email.message import Message
 
-__all__ = ["is_remote", "local_header", "remote_url"]
+__all__ = ["local_header", "remote_url"]
 
 _LOG = logging.getLogger("llama_moe")
 
@@ -42,11 +42,6 @@ _LEAST_BYTES_PER_SECOND = 16 << 10
 _ENDPOINT = "https://huggingface.co"
 _REFERENCE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*/[^/?#\\][^?#\\]*\.gguf")
 _FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$")
-
-
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a URL or a reference to a file on the Hugging Face hub, and no file of this machine."""
-    return remote_url(path) is not None
 
 
 def remote_url(path: str | os.PathLike[str]) -> str | None:
@@ -89,7 +84,13 @@ def local_header(path: str | os.PathLike[str], *, timeout: float = 30.0) -> Iter
         return
     with tempfile.TemporaryDirectory(prefix="llama_moe-") as folder:
         try:
-            yield _fetch(url, Path(folder), timeout)
+            fetched = _fetch(url, Path(folder), timeout)
+        except (FileNotFoundError, ModelLoadError) as error:
+            if url != path:  # a reference to the hub, or a mistyped name of a file
+                error.args = (f"there is no file {os.fspath(path)!r} here, and on the hub: {error}",)
+            raise
+        try:
+            yield fetched
         except LlamaMoeError as error:
             if folder not in str(error):
                 raise

@@ -79,6 +79,9 @@ class _LeastFrequentlyUsed:
             self._drop_one()
         self._last[expert] = self._time
         heapq.heappush(self._heap, (self._uses[expert], self._time, expert))
+        if len(self._heap) > 4 * len(self._last) + 64:  # a hit leaves an old entry behind, which only a full cache would pop
+            self._heap = [(self._uses[held], last, held) for held, last in self._last.items()]
+            heapq.heapify(self._heap)
         return hit
 
     def _drop_one(self) -> None:

@@ -372,7 +372,9 @@ def quantize(
             help="Of tensors whose name matches. May be given several times; the first that matches decides, before the options above.",
         ),
     ] = None,
-    imatrix: Annotated[Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix: IQ3_XXS and below need it.")] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix: IQ1, IQ2, IQ3_XXS and Q2_K_S need it.")
+    ] = None,
     requantize: Annotated[bool, typer.Option("--requantize", help="Also change what is quantised, losing precision twice.")] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads. Default: one for each core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done; reads no weights.")] = False,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import pkgutil
+import re
 
 import llama_moe
+from llama_moe import errors
 from tests.support.processes import run_python
 
 
@@ -29,6 +33,27 @@ def test_public_names_exist_and_have_docstrings() -> None:
         assert getattr(llama_moe, name) is not None
     for name, public in documented().items():
         assert inspect.getdoc(public), name
+
+
+def test_what_public_calls_take_and_return_is_public() -> None:
+    known = {
+        name
+        for module in pkgutil.iter_modules(llama_moe.__path__)
+        if not module.name.startswith("_")
+        for name, item in vars(importlib.import_module(f"llama_moe.{module.name}")).items()
+        if inspect.isclass(item) and re.match(r"llama_moe\.[a-z]", item.__module__) and not name.startswith("_")
+    }
+    assert known > {"Plan", "Trial"}
+    public = {*llama_moe.__all__, *vars(errors)}
+    for name, item in documented().items():
+        members = [item, *(member for key, member in inspect.getmembers(item) if not key.startswith("_"))]
+        for member in members:
+            member = member.fget if isinstance(member, property) else member  # noqa: PLW2901
+            annotations = {**getattr(member, "__annotations__", {})}
+            for field, annotation in annotations.items():
+                if not field.startswith("_"):
+                    named = known & set(re.findall(r"\w+", str(annotation)))
+                    assert named <= public, (name, member, field)
 
 
 def test_no_public_callable_swallows_unknown_names() -> None:

@@ -170,6 +170,8 @@ def test_the_products_of_a_model_are_those_of_its_matrices(tiny_model: Callable[
     assert ProductKind("Q8_0", 576) in demo
     assert ProductKind("Q4_1", 1536, experts=True) in demo
     assert ProductKind("Q4_1", 1536) not in demo
+    # gpt-oss's experts have biases, a row for each, which are added.
+    assert {kind.type for kind in product_kinds(llama_moe.inspect(tiny_model("gpt-oss"))) if kind.experts} == {"MXFP4"}
     rates = measured(model=info).devices["CPU"]
     assert all(rates.product(kind.type, kind.columns, experts=kind.experts) > SLOWEST for kind in kinds)
 
@@ -187,7 +189,11 @@ def test_a_disk_is_measured_by_a_file_on_it(tmp_path: Path, demo_path: Path, dat
     assert len(json.loads(data.read_text())["disks"]) == 1
 
 
-def test_files_that_measure_no_disk_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_files_that_measure_no_disk_are_refused(tmp_path: Path, known: bool) -> None:
+    if known:
+        (tmp_path / "large").write_bytes(bytes(1 << 20))
+        assert measured(disk=tmp_path / "large").disk is not None
     with pytest.raises(FileNotFoundError, match="absent"):
         measured(disk=tmp_path / "absent")
     with pytest.raises(InvalidOptionError, match="is not a file"):

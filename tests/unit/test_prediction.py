@@ -51,6 +51,16 @@ def test_a_token_reads_all_weights_but_the_embedding_and_its_share_of_the_expert
     assert prediction.seconds["CPU"]["output"] == pytest.approx(0.005)
 
 
+def test_biases_of_experts_are_added_and_not_multiplied_with() -> None:
+    bias = tensor("blk.0.ffn_up_exps.bias", MB, role="experts", type_name="F32")
+    rates = {"CPU": replace(CPU, any_product=None, products={"Q4_K": {2048: 10.0 * GB}}, expert_products={"Q4_K": {2048: 10.0 * GB}})}
+    prediction = predict([*model(), bias], rates)  # which has no rate of F32
+    assert prediction.decode_tokens_per_second == pytest.approx(1 / 0.027)
+    rates["CPU"] = replace(rates["CPU"], operation_seconds=1e-3)
+    more, before = (sum(predict(tensors, rates).seconds["CPU"].values()) for tensors in ([*model(), bias], model()))
+    assert more - before == pytest.approx(1e-3)  # an operation, as a norm is
+
+
 def test_devices_compute_one_after_the_other() -> None:
     prediction = predict(model(layers="GPU", output="GPU"))
     assert sum(prediction.seconds["CPU"].values()) == pytest.approx(0.020)

@@ -150,6 +150,20 @@ def test_a_reference_is_of_the_hub_unless_there_is_such_a_file(tmp_path: Path, m
     assert remote_url(Path("other/repo/file.gguf")) is None
 
 
+@pytest.mark.parametrize(("status", "error"), [(404, FileNotFoundError), (401, ModelLoadError)])
+def test_a_mistyped_file_is_told_of_as_a_file_too(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, status: int, error: type[Exception]
+) -> None:
+    def refuse(request: Request) -> bool:
+        request.reply(status)
+        return True
+
+    server.misbehave = refuse
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    with pytest.raises(error, match=rf"no file 'models/foo/bar\.gguf' here, and on the hub: .*{status}"):
+        llama_moe.inspect("models/foo/bar.gguf")
+
+
 def test_a_token_goes_to_the_hub_and_to_nobody_else(
     server: FileServer, folder: Path, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llama_moe import RoutingTrace
 from llama_moe.errors import InvalidOptionError
 from llama_moe.routing import TraceData
-from llama_moe.routing_cache import CachePolicy
+from llama_moe.routing_cache import CachePolicy, _LeastFrequentlyUsed
 
 EXPERTS = 6
 
@@ -118,6 +118,15 @@ def test_with_a_slot_for_every_expert_only_the_first_use_misses(choices: npt.NDA
     trace = trace_of(choices)
     assert trace.simulate_cache(3 * EXPERTS, policy).misses == int((trace.counts > 0).sum())
     assert trace.simulate_cache(3 * EXPERTS, "static").misses == 0
+
+
+def test_a_long_run_of_hits_needs_no_more_memory_than_the_cache() -> None:
+    cache = _LeastFrequentlyUsed(8)
+    for step in range(5000):
+        assert cache.use(step % 7) is (step >= 7)
+    assert len(cache._heap) <= 4 * 8 + 64
+    # Ranks survive that: 8 and 9 are used least, so each drives out the other and none of those before them.
+    assert [cache.use(expert) for expert in (8, 9, 8, 0, 6)] == [False, False, False, True, True]
 
 
 def test_bad_simulations_are_refused() -> None:
