@@ -1,8 +1,8 @@
 """Predicted against measured decode speed: tokens per second of one stream, 128 of them after a one-token prompt, all on the CPU.
 
-Each prediction is made before the run that it is compared with, from a plan and from rates measured in this run, none of which is of the model. The ratio is the
-predicted speed over the measured one; the target is that neither is more than 25 % above the other. What moe-fit says of the same files is
-noted with it.
+Each prediction is made before the run that it is compared with, from a plan and from rates measured in this run, none of which is of the
+model. The ratio is the predicted speed over the measured one; the target is that neither is more than 25 % above the other. What moe-fit
+says of the same files is noted with it.
 """
 
 from __future__ import annotations
