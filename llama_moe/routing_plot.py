@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._files import written_whole
+from ._files import check_writable, written_whole
 from .errors import InvalidOptionError
 
 if TYPE_CHECKING:
@@ -14,6 +14,28 @@ if TYPE_CHECKING:
     from .model import StrPath
     from .routing import RoutingTrace
 
+_NEEDS = "plot() needs matplotlib: pip install 'llama-moe[plot]'"
+
+
+def check_plot(path: StrPath) -> str:
+    """The format of an image that `plot()` can write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        InvalidOptionError: it knows no such format.
+        OSError: the file could not be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise ImportError(_NEEDS) from error
+    suffix = Path(path).suffix.lstrip(".").lower() or "png"
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if suffix not in known:
+        raise InvalidOptionError(f"{str(path)!r} has the suffix '.{suffix}'; an image can be {', '.join(sorted(known))}")
+    check_writable(path)
+    return suffix
+
 
 def plot(trace: RoutingTrace, path: StrPath | None, *, title: str | None) -> Figure:
     """See `RoutingTrace.plot()`."""
@@ -21,14 +43,15 @@ def plot(trace: RoutingTrace, path: StrPath | None, *, title: str | None) -> Fig
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plot() needs matplotlib: pip install 'llama-moe[plot]'") from error
+        raise ImportError(_NEEDS) from error
 
+    suffix = None if path is None else check_plot(path)
     experts, layers = trace.expert_count, trace.layers
     load = trace.shares[list(layers)] * (experts / trace.experts_used)
     # Cells of about the same size whatever the model, within what a page shows.
     size = (min(max(experts * 0.11 + 2.5, 6.0), 24.0), min(max(len(layers) * 0.16 + 1.5, 3.5), 20.0))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(load, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0.0, vmax=max(2.0, float(load.max(initial=0.0))))
     axes.set_xlabel("expert")
@@ -40,10 +63,6 @@ def plot(trace: RoutingTrace, path: StrPath | None, *, title: str | None) -> Fig
     bar = figure.colorbar(image, ax=axes, label="load (1 = all experts alike)")
     bar.ax.axhline(1.0, color="white", linewidth=2.0)
     if path is not None:
-        suffix = Path(path).suffix.lstrip(".").lower() or "png"
-        known = canvas.get_supported_filetypes()
-        if suffix not in known:
-            raise InvalidOptionError(f"{str(path)!r} has the suffix '.{suffix}'; an image can be {', '.join(sorted(known))}")
         with written_whole(path) as partial:
             figure.savefig(partial, format=suffix)
     return figure

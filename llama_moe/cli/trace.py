@@ -10,8 +10,10 @@ import typer
 
 import llama_moe
 from llama_moe import ExpertPlacement, SamplingParams
+from llama_moe._files import check_writable
 from llama_moe._table import columns
 from llama_moe.errors import InvalidOptionError
+from llama_moe.routing_plot import check_plot
 
 from .console import note, progress, text_of
 
@@ -47,6 +49,7 @@ def trace_model(
         raise typer.BadParameter("there is nothing to compute; give a text, a prompt or both", param_hint="--file and --prompt")
     if generate is not None and prompt is None:
         raise typer.BadParameter("only a prompt is continued; give one with --prompt", param_hint="--generate")
+    _check_files(heatmap, save)
     for endpoint in rpc:
         llama_moe.add_rpc_device(endpoint)
     with (
@@ -62,17 +65,26 @@ def trace_model(
                 completion = engine.generate(prompt, SamplingParams(max_tokens=128 if generate is None else generate, temperature=0))
                 note(f"{prompt}{completion.text}")
         caches = [routing.simulate_cache(slots, policy) for slots in cache_slots for policy in _POLICIES]
-    if save is not None:
-        routing.save(save)
-    if heatmap is not None:
-        try:
-            routing.plot(heatmap)
-        except ImportError as error:
-            raise InvalidOptionError(f"--heatmap: {error}") from None
+    # Before the files: what was computed is told whatever becomes of them.
     if as_json:
         typer.echo(json.dumps(routing.to_dict() | {"caches": [asdict(cache) | {"hit_rate": cache.hit_rate} for cache in caches]}, indent=2))
     else:
         typer.echo(_report(routing, caches))
+    if save is not None:
+        routing.save(save)
+    if heatmap is not None:
+        routing.plot(heatmap)
+
+
+def _check_files(heatmap: Path | None, save: Path | None) -> None:
+    """Refuses what could not be written, before the work of minutes."""
+    if save is not None:
+        check_writable(save)
+    if heatmap is not None:
+        try:
+            check_plot(heatmap)
+        except ImportError as error:
+            raise InvalidOptionError(f"--heatmap: {error}") from None
 
 
 def _read(engine: Engine, text: str) -> None:

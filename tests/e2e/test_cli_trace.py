@@ -24,7 +24,7 @@ def path(tiny_model: Callable[[str], Path]) -> Path:
     return tiny_model("qwen3moe")
 
 
-def trace(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def trace(path: Path | str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "llama_moe.cli", "trace", path, "--ctx", 256, "--threads", 1, "--no-repack", *arguments]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, check=False, env=environment())
 
@@ -88,7 +88,10 @@ def test_what_cannot_be_traced_is_said(path: Path, tiny_model: Callable[[str], P
         ([path, "-f", tmp_path / "none.txt"], 2, "cannot be read"),
         ([path, "-f", __file__, "--generate", 3], 2, "only a prompt is continued"),
         ([path, "-p", "a", "--cpu-moe", "--n-cpu-moe", 1], 2, "only one of them"),
-        ([path, "-p", "a", "--generate", 1, "--heatmap", tmp_path / "x.xyz"], 1, ".xyz"),
+        # Refused before the model is looked for.
+        (["none.gguf", "-p", "a", "--heatmap", tmp_path / "x.xyz"], 1, ".xyz"),
+        (["none.gguf", "-p", "a", "--heatmap", tmp_path / "none" / "x.png"], 1, str(tmp_path / "none" / "x.png")),
+        (["none.gguf", "-p", "a", "--save", tmp_path / "none" / "x.npz"], 1, str(tmp_path / "none" / "x.npz")),
         ([tiny_model(DENSE), "-p", "a"], 1, "no experts"),
     ):
         ran = trace(*arguments)
