@@ -16,7 +16,7 @@ from typing import Any
 import llama_moe
 from llama_moe._placements import parse_placement
 from llama_moe._speed import measure_speed
-from llama_moe.benchmarking import accelerators
+from llama_moe.devices import chosen_accelerators
 from llama_moe.errors import LlamaMoeError
 from llama_moe.profiles import TunedOptions
 from llama_moe.worker import exit_with_stdin
@@ -54,7 +54,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": speed.prompt.tokens_per_second.median if speed.prompt else 0.0,
         "decode": speed.decode.tokens_per_second.median if speed.decode else 0.0,
-        "device_bytes": {device.name: memory.get(device.name, 0) for device in accelerators(task["devices"])},
+        "device_bytes": {device.name: memory.get(device.name, 0) for device in chosen_accelerators(task["devices"])},
     }
 
 

@@ -20,15 +20,17 @@ from . import _core, _logging
 from ._files import written_whole
 from ._machine import cpu_name, data_folder, machine_id
 from .build import build_info
-from .devices import Device, device_name
+from .devices import chosen_accelerators
 from .devices import devices as all_devices
 from .errors import InvalidOptionError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
+    from .devices import Device
     from .inspection import ModelInfo
+    from .model import DevicesLike
 
 _LOG = logging.getLogger("llama_moe")
 # Of the file of measurements: raise it when what is measured, or how, changes.
@@ -221,7 +223,7 @@ def bandwidths(
     model: ModelInfo | None = None,
     *,
     products: Iterable[ProductKind] = (),
-    devices: Sequence[Device | str] | None = None,
+    devices: DevicesLike | None = None,
     threads: int | None = None,
     repack: bool | None = None,
     disk: str | os.PathLike[str] | None = None,
@@ -246,8 +248,9 @@ def bandwidths(
         keep_disturbed: keep also what was measured while other programs computed: for a machine that is never quiet.
 
     Raises:
-        InvalidOptionError: an unknown number format, one that has no rows of that length, an unknown device, bad `threads`, or a `disk`
-            that is no file of 1 MiB or more.
+        InvalidOptionError: an unknown number format, one that has no rows of that length, bad `threads`, or a `disk` that is no file of
+            1 MiB or more.
+        PlacementError: a device does not exist.
         FileNotFoundError: there is no file `disk`.
         DoesNotFitError: a device has no room for the 128 to 512 MiB that measuring takes.
         DecodeError: a device failed.
@@ -257,7 +260,7 @@ def bandwidths(
     if threads is not None and threads < 1:
         raise InvalidOptionError(f"threads is {threads}; it must be 1 or more")
     known = all_devices()
-    accelerators = _accelerators(known, devices)
+    accelerators = [device.name for device in chosen_accelerators(devices)]
     if repack is None:
         repack = not _core.host_weights_are_plain(accelerators)
     store = _Store(forget=measure_again, keep_disturbed=keep_disturbed)
@@ -266,21 +269,6 @@ def bandwidths(
         rates = DeviceRates(device=device.name, hardware=device.description, threads=threads or _core.usable_cores(), repack=repack)
         result[device.name] = store.device(device, rates, wanted)
     return Bandwidths(machine=machine_id(), cpu=cpu_name(), devices=result, disk=None if disk is None else store.disk(Path(disk)))
-
-
-def _accelerators(known: Sequence[Device], chosen: Sequence[Device | str] | None) -> list[str]:
-    usable = [device for device in known if device.kind in ("gpu", "integrated_gpu")]
-    if chosen is None:
-        return [device.name for device in usable]
-    if isinstance(chosen, str):
-        raise TypeError(f"devices must be a sequence of devices, not {chosen!r}")
-    names = []
-    for device in map(device_name, chosen):
-        found = [d.name for d in known if device.lower() in (d.name.lower(), d.description.lower())]
-        if not found:
-            raise InvalidOptionError(f"no device {device!r}; there are: {', '.join(d.name for d in known)}")
-        names += [name for name in found if any(d.name == name for d in usable)]
-    return names
 
 
 class _Store:

@@ -8,29 +8,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import _table
+from . import _core, _table
 from ._machine import cpu_name, machine_id
+from ._options import fill_context
 from ._placements import parse_placement, placement_name
 from ._speed import check_test, measure_speed, tokens_needed
 from .benchmark_report import BenchmarkReport, BenchmarkRow, ModelFacts
 from .build import build_info
-from .devices import Device, device_name
+from .devices import chosen_accelerators
 from .devices import devices as all_devices
 from .engine import Engine
 from .errors import InvalidOptionError, LlamaMoeError, PlacementError
 from .inspection import inspect
-from .model import Model, resolve_placement
+from .model import Model, model_options, resolve_placement
 from .quality import QualityMeter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from .devices import Device
     from .inspection import ModelInfo
     from .model import DevicesLike, HostMemory, StrPath
     from .placement import ExpertPlacement, PlacementLike
 
-__all__ = ["accelerators", "benchmark", "bytes_on"]
+__all__ = ["benchmark", "bytes_on"]
 
 _CONTEXT = 4096  # as of `load()`
 
@@ -68,7 +70,7 @@ def benchmark(
         prompt_tokens: length of the prompts; 0: no such test.
         generate_tokens: tokens to generate; 0: no such test.
         repetitions: of each test.
-        context_size: as for `load()`; None: 4096, or more if the tests need more.
+        context_size: as for `load()`, 0 included; None: 4096, or more if the tests need more.
         micro_batch_size: as for `load()`.
         threads: as for `load()`.
         threads_batch: as for `load()`.
@@ -84,11 +86,12 @@ def benchmark(
         FileNotFoundError: no such file.
         ModelLoadError: a file's header cannot be read.
         InvalidOptionError: a number is out of range, or `placements` is empty.
+        PlacementError: a device does not exist.
     """
     context = max(_CONTEXT, tokens_needed(prompt_tokens, generate_tokens)) if context_size is None else context_size
     check_test(prompt_tokens=prompt_tokens, generate_tokens=generate_tokens, repetitions=repetitions, context_size=context)
     files = [inspect(file) for file in (path, against) if file is not None]
-    found = accelerators(devices)
+    found = chosen_accelerators(devices)
     chosen = _default_placements(files, found) if placements is None else placements
     if not chosen:
         raise InvalidOptionError("placements is empty; it must have one placement or more")
@@ -124,15 +127,6 @@ def benchmark(
         repack=repack,
         notes=tuple(_notes(rows, files, found)),
     )
-
-
-def accelerators(devices: DevicesLike | None) -> list[Device]:
-    """The devices with memory of their own among those that a `devices` argument allows."""
-    found = [device for device in all_devices() if device.kind in ("gpu", "integrated_gpu")]
-    if devices is None:
-        return found
-    names = {device_name(device) for device in ([devices] if isinstance(devices, Device | str) else devices)}
-    return [device for device in found if names & {device.name, device.description}]
 
 
 def bytes_on(devices: Sequence[Device], by_device: dict[str, int]) -> int:
@@ -177,16 +171,20 @@ class _Session:
             return self._measure(info, name, policy)
         except InvalidOptionError:
             raise  # an option of all placements
-        except LlamaMoeError as error:
+        except (LlamaMoeError, OSError) as error:
             return BenchmarkRow(model=info.path, placement=name, error=_line(error))
+
+    def _load(self, info: ModelInfo, policy: ExpertPlacement) -> Model:
+        """The model, with which "fit" leaves room for the engine that is measured."""
+        options = model_options(**self._model_options, fit_for=fill_context(_core.EngineOptions(), **self._engine_options))
+        return Model._load_for(info.path, policy, options, None)
 
     def _measure(self, info: ModelInfo, name: str, policy: ExpertPlacement) -> BenchmarkRow:
         where = f"{name}, {Path(info.path).name}"
         self._on_progress(f"{where}: loading")
         free_before = self._free_memory()
         begin = time.perf_counter()
-        context_tokens = self._engine_options["context_size"]
-        with Model(info.path, experts=policy, fit_context_tokens=context_tokens, **self._model_options) as model:
+        with self._load(info, policy) as model:
             with Engine(model, **self._engine_options) as engine:
                 load_seconds = time.perf_counter() - begin
                 free_after = self._free_memory()
@@ -201,7 +199,7 @@ class _Session:
                 self._on_progress(f"{where}: reading the text")
                 try:
                     quality = self.meter.measure(model)
-                except LlamaMoeError as error:
+                except (LlamaMoeError, OSError) as error:
                     failure = _line(error)
         return BenchmarkRow(
             model=info.path,
@@ -249,7 +247,7 @@ class _Session:
         return {device.name: device.memory_free for device in all_devices() if device.name in names}
 
 
-def _line(error: LlamaMoeError) -> str:
+def _line(error: LlamaMoeError | OSError) -> str:
     return "; ".join(str(error).splitlines())
 
 

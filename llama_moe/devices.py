@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, cast
 
 from . import _core, _logging
 from ._sizes import format_size
+from .errors import PlacementError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Literal
+
+    from .model import DevicesLike
 
     DeviceKind = Literal["cpu", "gpu", "integrated_gpu", "accelerator"]
 
@@ -84,3 +88,30 @@ def device_name(device: object) -> str:
     if isinstance(device, str):
         return device
     raise TypeError(f"a device must be a llama_moe.Device or its name, not {device!r}")
+
+
+def chosen_accelerators(chosen: DevicesLike | None) -> list[Device]:
+    """The devices with memory of their own that a `devices` argument stands for, each once, in its order, as a load finds them.
+
+    Args:
+        chosen: `Device` objects, or names or endpoints of workers in upper or lower case; None: all there are. The CPU and its helpers,
+            which are always used, may be among them.
+
+    Raises:
+        PlacementError: there is no such device.
+        TypeError: one is neither a `Device` nor a name.
+    """
+    known = devices()
+    if chosen is None:
+        wanted = known
+    else:
+        wanted = [_find(device_name(each), known) for each in ([chosen] if isinstance(chosen, Device | str) else chosen)]
+    usable = {device.name: device for device in wanted if device.kind in ("gpu", "integrated_gpu")}
+    return list(usable.values())
+
+
+def _find(name: str, known: Sequence[Device]) -> Device:
+    for device in known:
+        if name.lower() in (device.name.lower(), device.description.lower() if device.backend == "RPC" else None):
+            return device
+    raise PlacementError(f"no device {name!r}; there are: {', '.join(device.name for device in known)}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ._files import written_whole
 from ._machine import data_folder, machine_id
 from ._placements import parse_placement
+from .devices import chosen_accelerators
 from .errors import InvalidOptionError, LlamaMoeError
 from .inspection import inspect
 
@@ -216,6 +217,7 @@ def tuned_options(
     Raises:
         FileNotFoundError: no such profile, or model.
         InvalidOptionError: the file is no profile, or one of another model.
+        PlacementError: a device does not exist.
     """
     if profile == "auto":
         found = _stored(path, devices=devices, context_size=context_size, max_sequences=max_sequences)
@@ -230,9 +232,7 @@ def tuned_options(
 
 
 def _stored(path: StrPath, *, devices: DevicesLike | None, context_size: int, max_sequences: int) -> Profile | None:
-    from .benchmarking import accelerators
-
-    key = profile_key(path, accelerators=accelerators(devices), context_size=context_size, max_sequences=max_sequences)
+    key = profile_key(path, accelerators=chosen_accelerators(devices), context_size=context_size, max_sequences=max_sequences)
     try:
         profile = Profile.read(key.path)
     except FileNotFoundError:

@@ -145,7 +145,9 @@ def compare(
                 if on_progress is not None:
                     on_progress(f"{name}: reading the text with {file}")
                 policy = parse_placement(placement)
-                with Model(file, experts=policy, devices=devices, host_memory=host_memory, repack=repack) as model:
+                with Model(
+                    file, experts=policy, devices=devices, host_memory=host_memory, repack=repack, fit_context_tokens=window
+                ) as model:
                     rows.append(QualityRow(str(file), name, meter.measure(model)))
     return QualityReport(tuple(rows))
 

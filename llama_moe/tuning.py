@@ -16,9 +16,8 @@ from ._options import fill_context
 from ._placements import placement_name
 from ._sizes import parse_size
 from ._speed import check_test
-from .benchmarking import accelerators
 from .build import build_info
-from .devices import add_rpc_device
+from .devices import add_rpc_device, chosen_accelerators
 from .errors import InvalidOptionError, LlamaMoeError
 from .inspection import inspect
 from .placement import ExpertPlacement
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from .devices import Device
     from .inspection import ModelInfo
-    from .model import StrPath
+    from .model import DevicesLike, StrPath
     from .profiles import ProfileKey
 
 __all__ = ["tune"]
@@ -73,7 +72,7 @@ def tune(
     context_size: int = 4096,
     max_sequences: int = 1,
     rpc: Sequence[str] = (),
-    devices: Sequence[str] | None = None,
+    devices: DevicesLike | None = None,
     vram: SupportsIndex | str | None = None,
     prompt_tokens: int = 512,
     generate_tokens: int = 64,
@@ -99,7 +98,7 @@ def tune(
         context_size: as for `load()`; the profile is for loads with the same.
         max_sequences: as for `load()`; the profile is for loads with the same. As many texts are generated at once.
         rpc: endpoints of workers whose devices are used too.
-        devices: names of the devices to use; None: all; (): the CPU alone.
+        devices: accelerators to use, as for `load()`, where workers' are among those of `rpc`; None: all; []: the CPU alone.
         vram: most memory to use on each accelerator, as bytes or text such as "8GiB"; None: what is free.
         prompt_tokens: length of the prompts. Micro-batches are not larger.
         generate_tokens: tokens to generate for each sequence.
@@ -109,7 +108,8 @@ def tune(
 
     Raises:
         FileNotFoundError: no such file.
-        InvalidOptionError: a number is out of range, or a device unknown.
+        InvalidOptionError: a number is out of range, or a device is of a worker that is not in `rpc`.
+        PlacementError: a device does not exist.
         LlamaMoeError: no options worked, or no trial ended in time; the message says why.
     """
     deadline = time.monotonic() + 60 * _checked_minutes(minutes)
@@ -117,7 +117,7 @@ def tune(
     task = TrialTask(
         path=os.path.abspath(path),  # noqa: PTH100 a trial's process reads it
         rpc=tuple(rpc),
-        devices=None if devices is None else tuple(devices),
+        devices=None,
         context_size=context_size,
         max_sequences=max_sequences,
         prompt_tokens=prompt_tokens,
@@ -126,15 +126,25 @@ def tune(
         seconds=20.0,
     )
     _check(objective, task)
-    for endpoint in rpc:
-        add_rpc_device(endpoint)
-    # Workers that this process knows from elsewhere are unknown to the trials.
-    found = [device for device in accelerators(devices) if device.backend != "RPC" or device.description in rpc]
+    found, names = _accelerators(devices, rpc)
+    task = replace(task, devices=None if devices is None else names)
     key = profile_key(path, accelerators=found, context_size=context_size, max_sequences=max_sequences)
     journal = Journal(key.path.with_suffix(".trials.json"), task, build_info(), restart=restart)
     sweep = _Sweep(inspect(path), task, journal, found, vram=limit, objective=objective, deadline=deadline, on_progress=on_progress)
     in_time = sweep.run()
     return _report(sweep, key, in_time=in_time)
+
+
+def _accelerators(devices: DevicesLike | None, rpc: Sequence[str]) -> tuple[list[Device], list[str]]:
+    """The accelerators to use, and what the trials' processes, which know no workers but these, call them."""
+    workers = {device.name: device for endpoint in rpc for device in add_rpc_device(endpoint)}
+    names = {name: f"RPC{index}" for index, name in enumerate(workers)}
+    chosen = chosen_accelerators(devices)
+    found = [device for device in chosen if device.backend != "RPC" or device.name in workers]
+    if devices is not None and len(found) < len(chosen):
+        unknown = next(device for device in chosen if device not in found)
+        raise InvalidOptionError(f"devices has {unknown.name!r}, of the worker at {unknown.description}, which is not in rpc")
+    return found, [names.get(device.name, device.name) for device in found]
 
 
 def _checked_minutes(minutes: float) -> float:
@@ -379,4 +389,5 @@ class _Sweep:
         others = [trial for trial in map(self.median, self._seen) if self.usable(trial) and trial.options not in (best, self.default)]
         others.sort(key=self.objective_of, reverse=True)
         finalists = list(dict.fromkeys([self.default, best, *(trial.options for trial in others[: _FINALISTS - 2])]))
-        return [options for options in finalists if self.usable(self._try(options))] if len(finalists) > 1 else []
+        finalists = [options for options in finalists if self.usable(self._try(options))]
+        return finalists if len(finalists) > 1 else []

@@ -86,7 +86,7 @@ class Space:
         return [replace(best, micro_batch_size=size) for size in sizes if size != best.micro_batch_size]
 
     def layers_that_fit(self) -> int:
-        """How many layers' experts "fit" puts into host memory, in whole or in part; all if it finds no way."""
+        """The N of the "first:N" that moves all experts that "fit" puts into host memory, in whole or in part; all if it finds no way."""
         try:
             placement = self._plan(parse_placement(self._default.experts)).placement
         except DoesNotFitError:
@@ -94,10 +94,14 @@ class Space:
         where = {tensor.name: tensor.device for tensor in placement}
         names = {device.name for device in self._accelerators}
         experts = [tensor for tensor in self._info.tensors if tensor.role == "experts" and where.get(tensor.name) not in names]
-        return len({tensor.layer for tensor in experts})
+        return max((tensor.layer + 1 for tensor in experts if tensor.layer is not None), default=0)
 
     def may_fit(self, count: int) -> bool:
-        """Whether the experts of so many layers in host memory leave what is within the limit that was given."""
+        """Whether the experts of so many layers in host memory leave what is within the limit that was given; not if they have none."""
+        if count and not any(
+            tensor.role == "experts" and tensor.layer is not None and tensor.layer < count for tensor in self._info.tensors
+        ):
+            return False  # layers before the first one with experts: no load takes that
         if self._vram is None:
             return True
         used = self._plan(ExpertPlacement.cpu_first(count)).memory.by_device()

@@ -200,7 +200,13 @@ def bench(
     generate_tokens: Annotated[int, typer.Option("--generate-tokens", "-n", min=0, metavar="N", help="Tokens to decode; 0: none.")] = 128,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Of each test.")] = 3,
     context_size: Annotated[
-        int | None, typer.Option("--ctx", min=1, metavar="N", help="Tokens of context. Default: 4096, or more if the tests need more.")
+        int | None,
+        typer.Option(
+            "--ctx",
+            min=0,
+            metavar="N",
+            help="Tokens of context; 0: what the model was trained for. Default: 4096, or more if the tests need more.",
+        ),
     ] = None,
     micro_batch_size: Annotated[int, typer.Option("--micro-batch", min=1, metavar="N", help="Most prompt tokens computed at once.")] = 512,
     threads: ThreadsOption = None,
@@ -213,7 +219,9 @@ def bench(
     quality: Annotated[
         Path | None, typer.Option("--quality", metavar="FILE", help="Compare what is predicted along this text: perplexity, agreement, KL.")
     ] = None,
-    quality_tokens: Annotated[int, typer.Option("--quality-tokens", min=3, metavar="N", help="How much of it to use.")] = 1024,
+    quality_tokens: Annotated[
+        int | None, typer.Option("--quality-tokens", min=3, metavar="N", help="How much of it to use. Default: 1024.")
+    ] = None,
     against: Annotated[
         Path | None, typer.Option("--against", metavar="OTHER", help="Measure this file too, such as another quantisation.")
     ] = None,

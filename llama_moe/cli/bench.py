@@ -34,12 +34,14 @@ def run_bench(
     repack: bool,
     rpc: Sequence[str],
     quality: Path | None,
-    quality_tokens: int,
+    quality_tokens: int | None,
     against: Path | None,
     formats: Mapping[str, bool],
 ) -> None:
     """Measures, and writes the report in the format that is asked for; exits with 1 if a placement failed."""
     check_one_of("each is a format of the report", formats)
+    if quality is None and quality_tokens is not None:
+        raise typer.BadParameter("it limits the text of --quality, which is not given", param_hint="--quality-tokens")
     text = None if quality is None else text_of(quality, "--quality")
     for endpoint in rpc:
         llama_moe.add_rpc_device(endpoint)
@@ -56,7 +58,7 @@ def run_bench(
         host_memory=cast("HostMemory", host_memory),
         repack=repack,
         quality=text,
-        quality_tokens=quality_tokens,
+        quality_tokens=1024 if quality_tokens is None else quality_tokens,
         against=against,
         on_progress=note if sys.stderr.isatty() else None,
     )

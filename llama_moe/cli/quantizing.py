@@ -75,7 +75,7 @@ def compute_imatrix(
     for endpoint in rpc:
         llama_moe.add_rpc_device(endpoint)
     with progress("Loading") as on_progress:
-        loaded = Model(model, experts=experts, on_progress=on_progress)
+        loaded = Model(model, experts=experts, fit_context_tokens=context_size, on_progress=on_progress)
     with loaded, progress("Computing") as on_progress:
         report = llama_moe.imatrix(
             loaded,

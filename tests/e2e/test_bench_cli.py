@@ -41,6 +41,12 @@ def test_json_has_what_was_measured_and_on_what(path: Path, worker: Worker) -> N
     assert [device["description"] for device in report["accelerators"]] == [worker.endpoint]
 
 
+def test_a_context_of_0_is_what_the_model_was_trained_for(path: Path) -> None:
+    ran = cli("bench", path, *QUICK, "--ctx", 0, "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["context_size"] == 1024
+
+
 def test_csv_has_a_line_for_each_placement(path: Path) -> None:
     ran = cli("bench", path, *QUICK, "--placements", "gpu, first:1", "--csv")
     assert ran.returncode == 0, ran.stderr
@@ -90,6 +96,7 @@ def test_quality_stands_beside_the_speed(path: Path, tmp_path: Path) -> None:
         (["--json", "--csv"], 2, "--json"),
         (["--quality", "no-such-file"], 2, "no-such-file"),
         (["-r", "0"], 2, "--repetitions"),
+        (["--quality-tokens", "50"], 2, "--quality-tokens"),
         (["--placements", ","], 1, "placements is empty"),
         (["--ctx", "4"], 1, "context_size is 4"),
         (["--against", "no-such-file"], 1, "no-such-file"),

@@ -16,7 +16,7 @@ import llama_moe
 from llama_moe import Device, _core
 from llama_moe._machine import machine_id
 from llama_moe.bandwidth import Bandwidths, ProductKind, bandwidths, product_kinds
-from llama_moe.errors import InvalidOptionError
+from llama_moe.errors import InvalidOptionError, PlacementError
 from tests.support.interrupts import stops_at_ctrl_c
 
 Q4_K = ProductKind("Q4_K", 512)
@@ -215,7 +215,6 @@ def test_files_that_measure_no_disk_are_refused(tmp_path: Path, known: bool) -> 
         ({"products": [ProductKind("Q4_K", 100)]}, "a row of 100 numbers in Q4_K; it must be a multiple of 256"),
         ({"products": [ProductKind("Q4_K", 0)]}, "a row of 0 numbers"),
         ({"products": [ProductKind("F32", 1 << 40)]}, "at most 65536"),
-        ({"devices": ["CUDA7"]}, "no device 'CUDA7'; there are: CPU"),
         ({"threads": 0}, "threads is 0"),
         ({"threads": 100_000}, "threads is 100000"),
     ],
@@ -223,6 +222,11 @@ def test_files_that_measure_no_disk_are_refused(tmp_path: Path, known: bool) -> 
 def test_senseless_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidOptionError, match=message):
         measured(**options)
+
+
+def test_a_device_that_is_not_there_is_refused_as_by_a_load() -> None:
+    with pytest.raises(PlacementError, match="no device 'CUDA7'; there are: CPU"):
+        measured(devices=["CUDA7"])
 
 
 def test_a_worker_that_died_is_an_error() -> None:

@@ -7,14 +7,19 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import llama_moe
 from llama_moe import Device, Engine, ExpertPlacement, Model
 from llama_moe._speed import Spread, measure_speed
-from llama_moe.errors import InvalidOptionError, ModelLoadError
+from llama_moe.devices import chosen_accelerators
+from llama_moe.errors import InvalidOptionError, ModelLoadError, PlacementError
 from tests.support.tiny_models import write_tiny_model
+
+if TYPE_CHECKING:
+    from llama_moe.model import DevicesLike
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 
@@ -113,6 +118,54 @@ def test_saved_memory_is_that_of_the_engines(path: Path, accelerator: Device) ->
         assert f"{name} failed: " in str(report)
     assert report.rows[-1].placement == "ExpertPlacement.cpu(projections=('up',))"
     assert f"{cpu.reduction:.1%}" in str(report)
+
+
+def test_fit_leaves_room_for_the_engine_that_is_measured(path: Path, accelerator: Device) -> None:
+    engine: dict[str, Any] = {"context_size": 4096, "micro_batch_size": 16, "devices": accelerator}
+    enough = llama_moe.plan(path, experts="gpu", **engine).memory.by_device()[accelerator.name]
+    # An engine with the default micro-batch would leave no room for all experts.
+    assert llama_moe.plan(path, experts="gpu", **{**engine, "micro_batch_size": 512}).memory.by_device()[accelerator.name] > enough
+    experts = ExpertPlacement.fit(vram=enough, reserve=0)
+    report = llama_moe.benchmark(path, placements=[experts], prompt_tokens=8, generate_tokens=2, repetitions=1, threads=1, **engine)
+    with llama_moe.load(path, experts=experts, threads=1, **engine) as llm:
+        assert report.rows[0].memory == llm.memory()
+        assert {tensor.device for tensor in llm.model.placement if tensor.role == "experts"} == {accelerator.name}
+
+
+def test_devices_are_known_as_a_load_knows_them(accelerator: Device, path: Path) -> None:
+    mine, endpoint = accelerator.name, accelerator.description
+    names: list[DevicesLike] = [accelerator, mine.lower(), endpoint.upper(), [mine, accelerator], ["cpu", accelerator]]
+    for name in names:
+        assert [device.name for device in chosen_accelerators(name)] == [accelerator.name]
+        Model(path, experts="gpu", devices=name).close()
+    assert accelerator.name in {device.name for device in chosen_accelerators(None)}
+    assert chosen_accelerators([]) == chosen_accelerators("CPU") == []
+    with pytest.raises(PlacementError, match="no device 'CUDA7'; there are: CPU"):
+        llama_moe.benchmark(path, devices=[accelerator, "CUDA7"])
+
+
+def test_a_file_that_vanishes_fails_the_rows_that_are_left(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(path.read_bytes())
+
+    def remove_for_the_second(step: str) -> None:
+        if step.startswith("cpu"):
+            copy.unlink()
+
+    report = llama_moe.benchmark(
+        copy,
+        placements=["gpu", "cpu"],
+        prompt_tokens=8,
+        generate_tokens=2,
+        repetitions=1,
+        context_size=64,
+        threads=1,
+        devices=[],
+        on_progress=remove_for_the_second,
+    )
+    gpu, cpu = report.rows
+    assert gpu.speed is not None
+    assert "copy.gguf" in (cpu.error or "")
 
 
 def test_without_a_row_for_gpu_weights_are_compared(path: Path, accelerator: Device) -> None:

@@ -14,15 +14,16 @@ import psutil
 import pytest
 
 import llama_moe
-from llama_moe import ExpertPlacement, Profile, TunedOptions
+from llama_moe import Device, ExpertPlacement, Profile, TunedOptions
 from llama_moe._placements import parse_placement, placement_name
-from llama_moe.benchmarking import accelerators
 from llama_moe.errors import InvalidOptionError, LlamaMoeError, PlacementError
 from llama_moe.profiles import model_fingerprint, profile_key
 from llama_moe.trials import OutOfTime, Trial, TrialTask, run_trial
 from llama_moe.tuning import TuningProgress
+from llama_moe.tuning_space import Space
 from llama_moe.worker import Worker
 from tests.support.tiny_models import write_tiny_model
+from tests.support.waiting import eventually
 
 QUICK: dict[str, Any] = {
     "minutes": 30,
@@ -320,7 +321,46 @@ def test_wrong_numbers_are_refused(path: Path) -> None:
     ):
         with pytest.raises(InvalidOptionError, match=message):
             llama_moe.tune(path, devices=(), **{**QUICK, **options})
-    assert accelerators([]) == []
+    with pytest.raises(PlacementError, match="no device 'CUDA7'"):
+        llama_moe.tune(path, devices="CUDA7", on_progress=lambda _: pytest.fail("a trial was begun"), **QUICK)
+
+
+def test_devices_are_chosen_as_for_a_load(path: Path, worker: Worker, accelerator: Device) -> None:
+    with pytest.raises(InvalidOptionError, match=f"devices has '{accelerator.name}', .* not in rpc"):
+        llama_moe.tune(path, devices=accelerator, on_progress=lambda _: pytest.fail("a trial was begun"), **QUICK)
+    reports = [
+        llama_moe.tune(path, devices=chosen, rpc=[worker.endpoint], **QUICK)
+        for chosen in (accelerator, accelerator.name.lower(), [accelerator], (worker.endpoint, "CPU"))
+    ]
+    assert all(report.trials == reports[0].trials for report in reports)
+    assert all(trial.error is None for trial in reports[0].trials)
+    assert reports[0].profile.key.accelerators == (f"RPC:{worker.endpoint}",)
+
+
+def test_one_option_set_that_works_wins_though_the_defaults_fail(path: Path, worker: Worker) -> None:
+    def kill_all_but_the_second(now: TuningProgress) -> None:
+        if now.number != 2:
+            assert eventually(lambda: len(children()) == 1)
+            children()[0].kill()
+
+    report = llama_moe.tune(path, rpc=[worker.endpoint], on_progress=kill_all_but_the_second, **QUICK)
+    assert [trial.error is None for trial in report.trials[:3]] == [False, True, False]
+    assert report.winner.options == report.trials[1].options
+    assert report.profile.gain is None
+
+
+def test_layers_that_fit_are_counted_as_a_placement_counts_them(tiny_model: Callable[[str], Path], accelerator: Device) -> None:
+    path = tiny_model("deepseek2")  # its first layer has no experts
+    needed = llama_moe.plan(path, experts=ExpertPlacement.cpu_first(2), context_size=256, devices=accelerator)
+    vram = needed.memory.by_device()[accelerator.name]
+    reserve = ExpertPlacement.fit().reserve
+    default = TunedOptions(experts=placement_name(ExpertPlacement.fit(vram=vram + reserve)))
+    space = Space(llama_moe.inspect(path), task(path), [accelerator], vram=vram, default=default)
+    assert space.layers_that_fit() == 2
+    assert space.may_fit(2)
+    assert not space.may_fit(0)
+    unlimited = Space(llama_moe.inspect(path), task(path), [accelerator], vram=None, default=TunedOptions())
+    assert [unlimited.may_fit(count) for count in range(4)] == [True, False, True, True]
 
 
 def test_a_trial_says_what_its_load_said(path: Path) -> None:
