@@ -92,8 +92,8 @@ class Request(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body) if announced is None else announced))
+        self.server_of_files.sent += len(body)  # before the client can know of the answer
         self.end_headers()
-        self.server_of_files.sent += len(body)
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is http.server's
