@@ -85,6 +85,7 @@ class Search {
     };
 
     void weigh_layers();
+    std::vector<int> layers_at(int level, const std::vector<int>& levels) const;
     Trial attempt(const std::vector<int>& levels) const;
     std::vector<int> layers_on(const std::string& device) const;
     std::uint64_t keep(const std::vector<int>& layers, std::uint64_t room, std::vector<int>& levels) const;
@@ -132,16 +133,22 @@ void Search::weigh_layers() {
     }
 }
 
+// The layers that have something to move at this level, and do.
+std::vector<int> Search::layers_at(int level, const std::vector<int>& levels) const {
+    std::vector<int> layers;
+    for (int i = 0; i < gguf_.layer_count; i++) {
+        const auto layer = static_cast<std::size_t>(i);
+        if (levels[layer] == level && layers_[layer].moved[static_cast<std::size_t>(level)] > 0) {
+            layers.push_back(i);
+        }
+    }
+    return layers;
+}
+
 Search::Trial Search::attempt(const std::vector<int>& levels) const {
     auto overrides = rules_;
     for (int level = 1; level <= kAll; level++) {
-        std::vector<int> layers;
-        for (int i = 0; i < gguf_.layer_count; i++) {
-            const auto layer = static_cast<std::size_t>(i);
-            if (levels[layer] == level && layers_[layer].moved[static_cast<std::size_t>(level)] > 0) {
-                layers.push_back(i);
-            }
-        }
+        const auto layers = layers_at(level, levels);
         if (!layers.empty()) {
             overrides.push_back({expert_pattern(kMoved[static_cast<std::size_t>(level)], layers), "CPU"});
         }
@@ -292,13 +299,7 @@ ResolvedPlacement Search::finished(Trial trial, const std::vector<int>& levels) 
     }
     std::string moved;
     for (int level = kAll; level > 0; level--) {
-        std::vector<int> layers;
-        for (int i = 0; i < gguf_.layer_count; i++) {
-            const auto layer = static_cast<std::size_t>(i);
-            if (levels[layer] == level && layers_[layer].moved[kAll] > 0) {
-                layers.push_back(i);
-            }
-        }
+        const auto layers = layers_at(level, levels);
         if (!layers.empty()) {
             const char* what = level == kAll ? "experts" : level == 1 ? "down projections of the experts" : "up and gate projections of the experts";
             moved += (moved.empty() ? std::string() : ", ") + what + " of layers " + range_list(layers);

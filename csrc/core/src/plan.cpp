@@ -19,7 +19,6 @@ Plan plan_for(const GgufInfo& gguf, const ModelOptions& options, const Placement
     options.fit_for.validate();
     const auto accelerators = std::make_shared<const Accelerators>(options);
     Plan plan;
-    plan.path = gguf.path;
     plan.placement = resolve_placement(gguf, options, policy, accelerators, cancelled);
     check_host_memory(options, plan.placement, *accelerators, *policy.ram);
     plan.rows = dry_run(gguf, options, plan.placement, accelerators);

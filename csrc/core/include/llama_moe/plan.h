@@ -14,7 +14,6 @@ namespace llama_moe {
 
 // What a load, and an engine of options.fit_for over it, would take.
 struct Plan {
-    std::string path;
     ResolvedPlacement placement;
     std::vector<int> tensor_layers;         // of each tensor of the placement; -1: of none
     std::vector<std::string> layer_devices;  // of each layer and, last, the output
