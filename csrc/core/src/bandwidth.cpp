@@ -25,6 +25,7 @@
 #include "llama_moe/error.h"
 #include "llama_moe/model.h"
 #include "native_thread.h"
+#include "worker_graphs.h"
 
 namespace llama_moe {
 namespace {
@@ -602,6 +603,7 @@ auto measured(ggml_backend_dev_t device, int threads, const Poll& poll, Measure 
     auto stop = std::make_shared<Control>();
     run_native(
         [=] {
+            const WorkerUse use({device}, WorkerUse::Kind::both);
             try {
                 *result = measure(stop);
                 result->disturbed = was_disturbed(stop->timed, device, threads);

@@ -17,6 +17,7 @@
 #include "llama_moe/process.h"
 #include "native_thread.h"
 #include "tcp.h"
+#include "worker_graphs.h"
 
 namespace llama_moe {
 namespace {
@@ -221,6 +222,7 @@ std::vector<Device> add_rpc_device(const std::string& endpoint, double answer_ti
                 }
             }
             for (std::size_t i = 0; i < ggml_backend_reg_dev_count(reg); i++) {
+                guard_graphs(ggml_backend_reg_dev_get(reg, i));
                 set_answer_limit(ggml_backend_reg_dev_get(reg, i), limit);
                 result->push_back(describe(ggml_backend_reg_dev_get(reg, i)));
             }

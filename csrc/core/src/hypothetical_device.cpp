@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "ggml-backend-impl.h"  // to define a device; this is the only file of the core that includes it
+#include "ggml-backend-impl.h"  // to define a device
 #include "ggml.h"
 
 namespace llama_moe {

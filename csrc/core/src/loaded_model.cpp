@@ -95,6 +95,7 @@ void load_native(LoadedModel& loaded, const GgufInfo& gguf, llama_model_params p
         state->progress.store(progress, std::memory_order_relaxed);
         return !state->cancelled.load(std::memory_order_relaxed);
     };
+    loaded.worker_use = std::make_shared<WorkerUse>(loaded.devices, WorkerUse::Kind::model);
     ErrorLog errors;
     try {
         std::vector<const char*> files;
@@ -207,7 +208,7 @@ LoadedModel::~LoadedModel() {
     }
     // On a thread that can be given up: freeing memory on a worker that died or hangs never returns.
     try {
-        run_native([native = model, keep = accelerators] { llama_model_free(native); }, within_close_limit(devices), {}, devices);
+        run_native([native = model, keep = accelerators, use = worker_use] { llama_model_free(native); }, within_close_limit(devices), {}, devices);
     } catch (const std::exception& error) {
         log_line(LogLevel::error, std::string("a model could not be freed: ") + error.what());
     }

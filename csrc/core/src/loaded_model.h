@@ -12,6 +12,7 @@
 #include "llama.h"
 #include "llama_moe/memory.h"
 #include "llama_moe/placement.h"
+#include "worker_graphs.h"
 
 namespace llama_moe {
 
@@ -32,6 +33,7 @@ struct LoadedModel {
     std::list<std::string> patterns;  // llama.cpp keeps pointers into these
     std::vector<llama_model_tensor_buft_override> overrides;
     std::vector<ggml_backend_dev_t> devices;
+    std::shared_ptr<const WorkerUse> worker_use;
     std::vector<float> tensor_split;
 
     int host_layers = 0;

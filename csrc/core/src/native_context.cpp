@@ -116,7 +116,7 @@ void ContextOptions::validate() const {
 
 NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOptions& options, const NativeContextUse& use,
                              std::function<bool()> should_abort)
-    : model_(std::move(model)), should_abort_(std::move(should_abort)) {
+    : model_(std::move(model)), worker_use_(model_->devices, WorkerUse::Kind::context), should_abort_(std::move(should_abort)) {
     options.validate();
     if (llama_model_has_encoder(model_->model)) {
         throw NoDecoderError("this is an encoder-decoder model; only decoder models can generate here");

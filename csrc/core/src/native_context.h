@@ -12,6 +12,7 @@
 #include "llama_moe/routing.h"
 #include "loaded_model.h"
 #include "routing_reader.h"
+#include "worker_graphs.h"
 
 namespace llama_moe {
 
@@ -57,6 +58,7 @@ class NativeContext {
 
    private:
     std::shared_ptr<LoadedModel> model_;
+    WorkerUse worker_use_;
     std::function<bool()> should_abort_;
     llama_context* context_ = nullptr;
     ContextLimits limits_{};
