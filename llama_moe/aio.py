@@ -123,6 +123,7 @@ class AsyncChatStream(ChatReader, AsyncIterator[ChatDelta]):
     """Iterates over what an answer gains; made by `Engine.astream_chat()`. Cancelled as an `AsyncTokenStream` is."""
 
     __slots__ = ("_tokens",)
+    _tokens: AsyncTokenStream
 
     def __init__(self, tokens: AsyncTokenStream, parser: ChatParser) -> None:
         super().__init__(parser)

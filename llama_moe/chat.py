@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .model import Model
     from .results import Completion, Timings, Token
-    from .stream import TokenStream
+    from .stream import GenerationReader, TokenStream
 
     ChatFinishReason: TypeAlias = Literal["stop", "length", "cancelled", "tool_calls"]
 
@@ -252,9 +252,10 @@ class ChatTemplate:
 
 
 class ChatReader:
-    """What chat streams of both kinds are made of: deltas that were not read yet, and how it ended."""
+    """What chat streams of both kinds are made of: the tokens, deltas that were not read yet, and how it ended."""
 
     __slots__ = ("__weakref__", "_completion", "_failure", "_parser", "_ready")
+    _tokens: GenerationReader
 
     def __init__(self, parser: ChatParser) -> None:
         self._parser = parser
@@ -274,6 +275,16 @@ class ChatReader:
         if self._failure is not None:
             raise LlamaMoeError(f"there is no completion, the generation failed: {self._failure}")
         raise LlamaMoeError("there is no completion yet: read the stream to its end, or close it, first")
+
+    @property
+    def tokens(self) -> Sequence[Token]:
+        """The tokens that were read so far, those of deltas that were not yet included; it grows while the stream is read."""
+        return self._tokens.tokens
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether the tokens have log-probabilities."""
+        return self._tokens.logprobs
 
     @property
     def _ended(self) -> bool:
@@ -299,6 +310,7 @@ class ChatStream(ChatReader, Iterator[ChatDelta]):
     """
 
     __slots__ = ("_tokens",)
+    _tokens: TokenStream
 
     def __init__(self, tokens: TokenStream, parser: ChatParser) -> None:
         super().__init__(parser)

@@ -17,7 +17,7 @@ from .errors import LlamaMoeError, RequestTimeoutError
 from .results import Completion, Token, make_completion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import TypeAlias
 
@@ -118,6 +118,16 @@ class GenerationReader:
         if self._failure is not None:
             raise LlamaMoeError(f"there is no completion, the generation failed: {self._failure}")
         raise LlamaMoeError("there is no completion yet: read the stream to its end, or close it, first")
+
+    @property
+    def tokens(self) -> Sequence[Token]:
+        """The tokens read so far; it grows while the stream is read."""
+        return self._tokens
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether the tokens have log-probabilities."""
+        return self._logprobs
 
     def cancel(self) -> None:
         """Ends the generation without waiting for it; the stream then ends too. Any thread may call this; nothing happens after the end."""

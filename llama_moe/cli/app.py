@@ -38,6 +38,14 @@ CpuMoeOption = Annotated[bool, typer.Option("--cpu-moe", help="All experts in ho
 NCpuMoeOption = Annotated[
     int | None, typer.Option("--n-cpu-moe", min=0, metavar="N", help="The experts of the first N layers in host memory.")
 ]
+ExpertsOnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--experts-on",
+        metavar="REGEX=DEVICE",
+        help="Tensors whose name matches go to this device. May be given several times; the first that matches decides.",
+    ),
+]
 ContextSizeOption = Annotated[int, typer.Option("--ctx", min=0, metavar="N", help="Tokens of context; 0: what the model was trained for.")]
 
 
@@ -67,14 +75,7 @@ def run(
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message before it; implies --chat.")] = None,
     cpu_moe: CpuMoeOption = False,
     n_cpu_moe: NCpuMoeOption = None,
-    experts_on: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--experts-on",
-            metavar="REGEX=DEVICE",
-            help="Tensors whose name matches go to this device. May be given several times; the first that matches decides.",
-        ),
-    ] = None,
+    experts_on: ExpertsOnOption = None,
     rpc: RpcOption = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Most tokens to generate.")] = 256,
     context_size: ContextSizeOption = 4096,
@@ -466,6 +467,100 @@ def devices(*, rpc: RpcOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def serve(
+    models: Annotated[
+        list[Path] | None,
+        typer.Option("--model", "-m", metavar="FILE", help="Serve this GGUF file. May be given several times."),
+    ] = None,
+    *,
+    model_dirs: Annotated[
+        list[Path] | None,
+        typer.Option("--model-dirs", metavar="DIR", help="Serve the GGUF files in this folder. May be given several times."),
+    ] = None,
+    more_dirs: Annotated[list[Path] | None, typer.Argument(metavar="DIR", help="Further folders, after --model-dirs.")] = None,
+    cpu_moe: CpuMoeOption = False,
+    n_cpu_moe: NCpuMoeOption = None,
+    experts_on: ExpertsOnOption = None,
+    fit: Annotated[bool, typer.Option("--fit", help="As many experts as fit on the accelerators. That is the default.")] = False,
+    bind: Annotated[str, typer.Option("--bind", metavar="HOST:PORT", help="Where to listen; port 0: any free one.")] = "127.0.0.1:11435",
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", envvar="LLAMA_MOE_API_KEY", help="Clients must send it. Needed where others can connect."),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option("--api-key-file", metavar="FILE", help="A file with the key.")] = None,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, metavar="N", help="Requests computed at once; more wait.")] = 4,
+    context_size: ContextSizeOption = 4096,
+    context_pool: Annotated[
+        int | None, typer.Option("--context-pool", min=1, metavar="N", help="Tokens of KV cache for all requests. Default: --ctx for each.")
+    ] = None,
+    ttl: Annotated[float | None, typer.Option("--ttl", min=0.0, metavar="S", help="Unload models that nobody used for S seconds.")] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option("--memory-budget", metavar="SIZE", help="Memory of all loaded models. Default: what is free.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, metavar="N", help="Most tokens of one answer.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option("--max-prompt-tokens", min=1, metavar="N", help="Of one prompt.")] = None,
+    max_choices: Annotated[int, typer.Option("--max-choices", min=1, metavar="N", help="Answers that one request may ask for.")] = 16,
+    max_body: Annotated[str, typer.Option("--max-body", metavar="SIZE", help="Of one request.")] = "16MiB",
+    max_queue: Annotated[int, typer.Option("--max-queue", min=0, metavar="N", help="Requests that may wait.")] = 1024,
+    timeout: Annotated[float | None, typer.Option("--timeout", min=0.0, metavar="S", help="Of one request, its wait included.")] = None,
+    grace: Annotated[float, typer.Option("--grace", min=0.0, metavar="S", help="What running requests have to end, when stopped.")] = 10.0,
+    threads: ThreadsOption = None,
+    threads_batch: BatchThreadsOption = None,
+    kv_type: Annotated[str, typer.Option("--kv-type", metavar="TYPE", help="Number format of the KV cache, such as q8_0.")] = "f16",
+    repack: Annotated[
+        bool | None, typer.Option("--repack/--no-repack", help="Let llama.cpp rearrange weights for the CPU. Default: it may.")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="FILE", help="Fill what is not given from this profile; 'auto': what `llama-moe tune` kept."),
+    ] = None,
+    rpc: RpcOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what llama.cpp says, too.")] = False,
+) -> None:
+    """Serve models over HTTP, with the OpenAI API's shapes.
+
+    It listens on this machine only, unless --bind says otherwise, and then needs a key. Models in folders are loaded when they are first
+    asked for, and the least recently used is unloaded when another needs its memory. It runs until Ctrl-C or SIGTERM; requests that run
+    then have the time of --grace to end.
+    """
+    from .console import check_one_of
+    from .run import choose_placement
+    from .serve import api_key_of, run_server
+
+    with exit_codes():
+        check_one_of(
+            "each says where the experts go",
+            {"--fit": fit, "--cpu-moe": cpu_moe, "--n-cpu-moe": n_cpu_moe is not None, "--experts-on": bool(experts_on)},
+        )
+        run_server(
+            models=models or [],
+            model_dirs=[*(model_dirs or []), *(more_dirs or [])],
+            experts=choose_placement(cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe, experts_on=experts_on or []),
+            bind=bind,
+            api_key=api_key_of(api_key, api_key_file),
+            parallel=parallel,
+            context_size=context_size,
+            context_pool=context_pool,
+            ttl=ttl,
+            memory_budget=memory_budget,
+            max_tokens=max_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+            max_choices=max_choices,
+            max_body_bytes=max_body,
+            max_queue=max_queue,
+            timeout=timeout,
+            grace_seconds=grace,
+            threads=threads,
+            threads_batch=threads_batch,
+            kv_type=kv_type,
+            repack=repack,
+            profile=profile,
+            rpc=rpc or [],
+            verbose=verbose,
+        )
+
+
+@app.command()
 def worker(
     bind: Annotated[str, typer.Option("--bind", metavar="HOST:PORT", help="Where to listen.")] = "127.0.0.1:50052",
     *,
@@ -480,7 +575,7 @@ def worker(
 
     This is llama.cpp's RPC server; `llama-moe run --rpc HOST:PORT` uses it. It runs until it is killed.
     """
-    from .serve import run_worker
+    from .worker import run_worker
 
     with exit_codes():
         run_worker(bind, threads=threads, allow_remote=allow_remote, cache=cache, until_stdin_closes=until_stdin_closes)

@@ -1,33 +1,40 @@
-"""`llama-moe worker`: serve this machine's devices."""
+"""`llama-moe serve`: the HTTP server."""
 
 from __future__ import annotations
 
-import signal
-from typing import TYPE_CHECKING
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from llama_moe import worker
-from llama_moe.errors import InvalidOptionError
+from llama_moe.errors import InvalidOptionError, LlamaMoeError
+from llama_moe.server import ServerSettings, serve
+
+from .console import check_one_of, text_of
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import NoReturn
 
 
-def run_worker(bind: str, *, threads: int | None, allow_remote: bool, cache: Path | None, until_stdin_closes: bool) -> NoReturn:
-    """Serves until the process is killed; an address that it must not or cannot have is a usage error."""
+def api_key_of(api_key: str | None, api_key_file: Path | None) -> str | None:
+    """The key that the options give; both of them are a usage error."""
+    check_one_of("each gives the key", {"--api-key": api_key is not None, "--api-key-file": api_key_file is not None})
+    return api_key if api_key_file is None else text_of(api_key_file, "--api-key-file").strip()
+
+
+def run_server(*, verbose: bool, **options: Any) -> None:
+    """Serves until it is stopped; options that contradict each other are a usage error."""
     try:
-        worker.parse_endpoint(bind)
+        settings = ServerSettings(**options)
     except InvalidOptionError as error:
-        raise typer.BadParameter(str(error), param_hint="--bind") from None
+        raise typer.BadParameter(str(error)) from None
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # of its starting and stopping we tell ourselves
+    if not verbose:
+        logging.getLogger("llama_moe").setLevel(logging.WARNING)
+        logging.getLogger("llama_moe.server").setLevel(logging.INFO)
     try:
-        if not allow_remote:
-            worker.check_local(bind)
-    except InvalidOptionError as error:
-        raise typer.BadParameter(f"{error}, or --allow-remote on a network you trust", param_hint="--bind") from None
-    if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-    # llama.cpp's loop is left by no exception: Ctrl-C ends the process at once.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    worker.serve(bind, threads=threads, cache_dir=None if cache is None else str(cache), until_stdin_closes=until_stdin_closes)
+        serve(settings, on_ready=lambda url: typer.echo(f"Serving on {url}"))
+    except ImportError as error:
+        raise LlamaMoeError(str(error)) from None

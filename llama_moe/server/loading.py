@@ -1,0 +1,90 @@
+"""Loading a server's models, and whether there is memory for one more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import llama_moe
+from llama_moe import ExpertPlacement
+from llama_moe._sizes import format_size
+from llama_moe.errors import DoesNotFitError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from llama_moe import Engine, MemoryReport, Plan
+
+    from .discovery import ModelFile
+    from .settings import ServerSettings
+
+
+def load_engine(settings: ServerSettings, path: Path, on_progress: Callable[[float], object]) -> Engine:
+    """Loads a model as the settings say; the errors are those of `llama_moe.load`."""
+    options = _planned_options(settings)
+    # An argument that is not given is the profile's to fill.
+    if settings.experts == ExpertPlacement.fit() or settings.experts == "fit":
+        del options["experts"]
+    for name in ("threads", "threads_batch", "profile"):
+        if getattr(settings, name) is not None:
+            options[name] = getattr(settings, name)
+    return llama_moe.load(path, **options, max_queue=settings.max_queue, on_progress=on_progress)
+
+
+def _planned_options(settings: ServerSettings) -> dict[str, Any]:
+    """The arguments of both `load` and `plan`."""
+    options: dict[str, Any] = {
+        "experts": settings.experts,
+        "context_size": settings.context_size,
+        "context_pool": settings.context_pool,
+        "max_sequences": settings.parallel,
+        "kv_type": settings.kv_type,
+        "devices": settings.devices,
+    }
+    for name in ("micro_batch_size", "host_memory", "repack"):
+        if getattr(settings, name) is not None:
+            options[name] = getattr(settings, name)
+    return options
+
+
+class MemoryBudget:
+    """What the models of a server may take together.
+
+    That is `settings.memory_budget` in all, and on each device what it has free. Of host memory that is what was free before the first
+    load: pages of mapped files count as free to the system, also while a model needs them.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._host_bytes: int | None = None
+
+    def missing(self, file: ModelFile, loaded: Sequence[MemoryReport]) -> DoesNotFitError | None:
+        """Why a model does not fit beside those that are loaded; None: it does.
+
+        A model alone always does, unless `settings.memory_budget` is too small for it: its load tells more.
+        """
+        limit = self._settings.memory_limit
+        if self._host_bytes is not None:
+            left: int | None = max(self._host_bytes - sum(report.by_device().get("CPU", 0) for report in loaded), 0)
+        else:
+            left = None
+        try:
+            plan = self._plan(file, left if loaded else None)
+        except DoesNotFitError as error:
+            return error if loaded else None
+        if self._host_bytes is None:
+            self._host_bytes = plan.capacity["CPU"]
+        if limit is not None:
+            rest = max(limit - sum(report.total_bytes for report in loaded), 0)
+            if plan.memory.total_bytes > rest:
+                return DoesNotFitError(
+                    f"it takes {format_size(plan.memory.total_bytes)}, and {format_size(rest)} of the memory budget of "
+                    f"{format_size(limit)} is left"
+                )
+        if plan.fits or not loaded:
+            return None
+        missing = ", ".join(f"{device} lacks {format_size(size)}" for device, size in plan.shortfall.items())
+        return DoesNotFitError(f"it does not fit beside the loaded models: {missing}", shortfall=plan.shortfall)
+
+    def _plan(self, file: ModelFile, ram: int | None) -> Plan:
+        return llama_moe.plan(file.path, **_planned_options(self._settings), ram=ram)

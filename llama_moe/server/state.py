@@ -1,0 +1,46 @@
+"""What a running application knows, and how its routes get at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, TypeAlias
+
+from fastapi import Depends, Request
+
+from llama_moe import ChatCompletion, Completion
+
+from .pool import ModelPool, ServedModel
+from .settings import ServerSettings
+
+Observer: TypeAlias = Callable[[ServedModel, Completion | ChatCompletion], object]
+
+
+@dataclass(slots=True, eq=False)
+class ServerState:
+    """Of one application; routes take it as a parameter of the type `State`.
+
+    Attributes:
+        settings: what is served, and how.
+        pool: the models.
+        stopping: whether the server shuts down: new requests are refused.
+        observers: called with each completion that a client was given, and its model.
+    """
+
+    settings: ServerSettings
+    pool: ModelPool
+    stopping: bool = False
+    observers: list[Observer] = field(default_factory=list)
+
+    def completed(self, served: ServedModel, completion: Completion | ChatCompletion) -> None:
+        """Tells the observers."""
+        for observer in self.observers:
+            observer(served, completion)
+
+
+def _state_of(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state
+
+
+State: TypeAlias = Annotated[ServerState, Depends(_state_of)]
