@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,10 +123,11 @@ def test_prefixes_that_do_not_belong_are_refused(model: Model, tiny_model: Calla
 
 def test_a_full_pool_lets_every_request_end_with_its_text(model: Model) -> None:
     prompts = [[token, *SHARED[:100]] for token in range(3, 9)]
-    params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
-    with Engine(model, context_size=512, threads=1) as engine:
+    params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)  # so long that all are there together on a busy machine too
+    exact: dict[str, Any] = {"kv_type": "f32", "flash_attention": "off"}
+    with Engine(model, context_size=512, threads=1, **exact) as engine:
         expected = [engine.generate(prompt, params).tokens for prompt in prompts]
-    with Engine(model, context_size=512, context_pool=512, max_sequences=6, threads=1) as engine:
+    with Engine(model, context_size=512, context_pool=512, max_sequences=6, threads=1, **exact) as engine:
         completions = engine.generate(prompts, params)
         assert [completion.tokens for completion in completions] == expected
         assert {completion.finish_reason for completion in completions} == {"length"}
