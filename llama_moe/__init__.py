@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .bandwidth import Bandwidths, DeviceRates, DiskRate, ProductKind, bandwidths
     from .benchmark_report import BenchmarkReport, BenchmarkRow, ModelFacts
     from .benchmarking import benchmark
+    from .hub import pull
     from .importance import ImatrixEntry, ImatrixReport, imatrix
     from .prediction import PlacedTensor, Prediction, predict_decode
     from .profiles import Profile, ProfileKey, TunedOptions
@@ -133,6 +134,7 @@ __all__ = [
     "load",
     "plan",
     "predict_decode",
+    "pull",
     "quantization_types",
     "quantize",
     "tensor_types",
@@ -173,6 +175,7 @@ _LATE = {
     "compare": "quality",
     "imatrix": "importance",
     "predict_decode": "prediction",
+    "pull": "hub",
     "quantization_types": "quantization",
     "quantize": "quantization",
     "tensor_types": "quantization",

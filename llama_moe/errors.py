@@ -17,6 +17,7 @@ __all__ = [
     "ContextFullError",
     "DecodeError",
     "DoesNotFitError",
+    "DownloadError",
     "InvalidOptionError",
     "LlamaMoeError",
     "ModelLoadError",
@@ -33,6 +34,10 @@ class LlamaMoeError(Exception):
 
 class ModelLoadError(LlamaMoeError):
     """The model file cannot be loaded: not GGUF, truncated, corrupted, of an unsupported architecture, or memory ran out."""
+
+
+class DownloadError(ModelLoadError):
+    """The model cannot be fetched: the hub cannot be reached or wants a token, or what it sent is damaged."""
 
 
 class PlacementError(LlamaMoeError, ValueError):

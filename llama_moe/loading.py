@@ -8,7 +8,7 @@ from . import _core
 from ._options import Default, fill_context
 from ._tunable import Tunable, with_profile
 from .engine import Engine
-from .model import Model, model_options
+from .model import Model, file_of_this_machine, model_options
 from .speculative import speculation_options
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def load(
     """Loads a model and returns an engine over it; closing the engine closes the model.
 
     The arguments are those of `Model` and `Engine`, and so are the errors. `experts="fit"` leaves room for all that
-    the engine takes.
+    the engine takes. A `path` that is no file of this machine may be a file of the Hugging Face hub, as "owner/repository/file.gguf": it is
+    fetched as `pull()` does, unless the cache has it.
 
     With `profile="auto"`, those of `experts`, `micro_batch_size`, `threads`, `threads_batch`, `repack` and `host_memory` that are not given
     are what `tune()` found best for this model, machine, `context_size` and `max_sequences`. The log says what was used, or that there is
@@ -58,6 +59,7 @@ def load(
         with llama_moe.load("model.gguf", experts="cpu") as llm:
             print(llm.generate("Hello", SamplingParams(max_tokens=16)))
     """
+    path = file_of_this_machine(path)
     experts, micro_batch_size, threads, threads_batch, repack, host_memory = with_profile(
         profile,
         path,

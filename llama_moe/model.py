@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _core, _logging
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from .hub import DownloadProgress
     from .inspection import Metadata
     from .placement import PlacementLike
     from .tokens import TokenIds
@@ -82,6 +84,44 @@ class Model:
             fit_for=fill_context(_core.EngineOptions(), context_size=fit_context_tokens),
         )
         self._load(path, experts, options, on_progress)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo: str,
+        file: str | None = None,
+        *,
+        revision: str | None = None,
+        on_download: DownloadProgress | None = None,
+        experts: PlacementLike = "fit",
+        devices: DevicesLike | None = None,
+        gpu_layers: int | Literal["all"] = "all",
+        host_memory: HostMemory = "mmap",
+        repack: bool = True,
+        check_tensors: bool = False,
+        fit_context_tokens: int = 512,
+        on_progress: Callable[[float], object] | None = None,
+    ) -> Self:
+        """Fetches a model from the Hugging Face hub, unless the cache has it, and loads it.
+
+        The first arguments, and their errors, are those of `pull`; `on_download` is its `on_progress`. The others are those of `Model`.
+
+        Example:
+            model = Model.from_hub("OWNER/REPOSITORY", "Q4_K_M", experts="cpu")
+        """
+        from .hub import pull
+
+        return cls(
+            pull(repo, file, revision=revision, on_progress=on_download),
+            experts=experts,
+            devices=devices,
+            gpu_layers=gpu_layers,
+            host_memory=host_memory,
+            repack=repack,
+            check_tensors=check_tensors,
+            fit_context_tokens=fit_context_tokens,
+            on_progress=on_progress,
+        )
 
     @classmethod
     def _load_for(
@@ -279,6 +319,15 @@ def model_options(
             "fit_for": fit_for or _core.EngineOptions(),
         },
     )
+
+
+def file_of_this_machine(path: StrPath) -> StrPath:
+    """`path`, or where what it names on the hub was put."""
+    if not isinstance(path, str) or Path(path).exists():
+        return path
+    from .hub import local_model  # late: HTTP takes longer to import than this package
+
+    return local_model(path)
 
 
 def resolve_placement(path: StrPath, *, experts: PlacementLike, devices: DevicesLike | None = None) -> Placement:

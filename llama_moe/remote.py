@@ -30,7 +30,7 @@ from .errors import LlamaMoeError, ModelLoadError
 if TYPE_CHECKING:
     from email.message import Message
 
-__all__ = ["local_header", "remote_url"]
+__all__ = ["endpoint", "hub_reference", "local_header", "remote_url"]
 
 _LOG = logging.getLogger("llama_moe")
 
@@ -54,10 +54,16 @@ def remote_url(path: str | os.PathLike[str]) -> str | None:
         return None
     if re.match(r"https?://", path, re.IGNORECASE):
         return path
-    if not _REFERENCE.fullmatch(path) or ".." in path.split("/") or Path(path).exists():
+    reference = hub_reference(path)
+    return None if reference is None else f"{endpoint()}/{reference[0]}/resolve/main/{urllib.parse.quote(reference[1])}"
+
+
+def hub_reference(path: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """The repository and the file that "owner/repository/file.gguf" names on the hub; None for what is none, or a file of this machine."""
+    if not isinstance(path, str) or not _REFERENCE.fullmatch(path) or ".." in path.split("/") or Path(path).exists():
         return None
     owner, repository, file = path.split("/", 2)
-    return f"{_endpoint()}/{owner}/{repository}/resolve/main/{urllib.parse.quote(file)}"
+    return f"{owner}/{repository}", file
 
 
 @contextlib.contextmanager
@@ -268,7 +274,7 @@ class _RemoteFile:
         headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity", "User-Agent": "llama_moe"}
         try:
             request = urllib.request.Request(self._url, headers=headers)  # noqa: S310 - the scheme was checked
-            if _origin(self._url) == _origin(_endpoint()) and (token := _token()):
+            if _origin(self._url) == _origin(endpoint()) and (token := _token()):
                 request.add_unredirected_header("Authorization", f"Bearer {token}")
             return self._opener.open(request, timeout=self._timeout)
         except (ValueError, http.client.InvalidURL) as error:
@@ -346,7 +352,8 @@ def _origin(url: str) -> tuple[str, str]:
     return split.scheme.lower(), split.netloc.lower()
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """The address of the hub."""
     return (os.environ.get("HF_ENDPOINT") or _ENDPOINT).rstrip("/")
 
 

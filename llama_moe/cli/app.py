@@ -130,6 +130,33 @@ def run(
 
 
 @app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/REPOSITORY of the Hugging Face hub.")],
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FILE",
+            help="A file of it; a pattern, such as '*Q4_K_M*'; or a format that one name has, such as Q4_K_M. Default: its only model.",
+        ),
+    ] = None,
+    *,
+    revision: Annotated[str | None, typer.Option("--revision", metavar="REV", help="A branch, tag or commit. Default: main.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Put it there. Default: the cache of the Hugging Face tools.")
+    ] = None,
+) -> None:
+    """Fetch a model from the Hugging Face hub, and say where it is.
+
+    All files of a split model are fetched. A download that was interrupted goes on where it ended. The token for what is not public is
+    that of the Hugging Face tools ($HF_TOKEN, or 'hf auth login').
+    """
+    from .pull import pull_model
+
+    with exit_codes():
+        pull_model(repo, file, revision=revision, folder=folder)
+
+
+@app.command()
 def plan(
     model: Annotated[
         str,

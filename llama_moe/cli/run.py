@@ -12,6 +12,7 @@ from llama_moe import ExpertPlacement, Model, SamplingParams, Speculative
 from llama_moe._options import Default
 
 from .console import check_one_of, note, progress, regex_rules, stream_to_stdout, text_of
+from .pull import model_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,6 +75,7 @@ def run_prompt(
 ) -> None:
     """Loads the model, streams the completion or the answer, and reports speed, and memory if asked to."""
     text = sys.stdin.read() if prompt == "-" else prompt
+    path = model_file(model)
     for endpoint in rpc:
         llama_moe.add_rpc_device(endpoint)
     with contextlib.ExitStack() as stack:
@@ -83,7 +85,7 @@ def run_prompt(
                 speculative = Speculative.draft(stack.enter_context(Model(drafting, repack=repack is not False, on_progress=on_progress)))
         with progress("Loading") as on_progress:
             engine = llama_moe.load(
-                model,
+                path,
                 experts=Default("fit") if experts == ExpertPlacement.fit() else experts,  # which no option asks for
                 context_size=context_size,
                 threads=Default(None) if threads is None else threads,

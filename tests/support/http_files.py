@@ -53,6 +53,10 @@ class FileServer:
         self._server.server_close()
         self._thread.join()
 
+    def answer(self, request: Request) -> None:
+        """Answers a request that nothing was made of; servers of more than files override this."""
+        request.send_file(self.folder / unquote(request.path.split("?")[0]).lstrip("/"))
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -69,22 +73,27 @@ class Request(BaseHTTPRequestHandler):
         server.tokens.append(self.headers.get("Authorization"))
         if server.misbehave is not None and server.misbehave(self):
             return
-        file = server.folder / unquote(self.path.split("?")[0]).lstrip("/")
+        server.answer(self)
+
+    do_HEAD = do_GET  # noqa: N815 - the name is http.server's
+
+    def send_file(self, file: Path, headers: dict[str, str] | None = None) -> None:
+        """Answers with a file, or the part of it that is asked for."""
         if not file.is_file():
             self.reply(404)
             return
         size = file.stat().st_size
-        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if match is None:
-            self.reply(200, file.read_bytes())
+            self.reply(200, file.read_bytes(), headers)
             return
-        begin, end = int(match[1]), min(int(match[2]) + 1, size)
+        begin, end = int(match[1]), min(int(match[2] or size) + 1, size)
         if begin >= size:
             self.reply(416)
             return
         with file.open("rb") as data:
             data.seek(begin)
-            self.reply(206, data.read(end - begin), {"Content-Range": f"bytes {begin}-{end - 1}/{size}"})
+            self.reply(206, data.read(end - begin), {"Content-Range": f"bytes {begin}-{end - 1}/{size}", **(headers or {})})
 
     def reply(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, *, announced: int | None = None) -> None:
         """Answers; `announced` is the length that is promised, where it is another one."""
@@ -92,6 +101,8 @@ class Request(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body) if announced is None else announced))
+        if self.command == "HEAD":
+            body = b""
         self.server_of_files.sent += len(body)  # before the client can know of the answer
         self.end_headers()
         self.wfile.write(body)

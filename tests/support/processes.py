@@ -60,6 +60,10 @@ class Program:
         return self._process.pid
 
     @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
     def stdout(self) -> IO[str]:
         assert self._process.stdout is not None
         return self._process.stdout
