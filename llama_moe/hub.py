@@ -8,28 +8,23 @@ download where an earlier one ended. (huggingface_hub itself throws away what it
 from __future__ import annotations
 
 import contextlib
-import errno
 import fnmatch
-import hashlib
 import logging
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from ._sizes import format_size
 from .errors import DownloadError, InvalidOptionError, LlamaMoeError
+from .hub_transfer import HubFile, fetch, gated, is_network_failure, one_line, storage_folder
 from .remote import endpoint, hub_reference
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
+    from collections.abc import Sequence
 
+    from .hub_transfer import DownloadProgress
     from .model import StrPath
-
-    DownloadProgress: TypeAlias = Callable[[int, int], object]
 
 __all__ = ["local_model", "pull"]
 
@@ -38,7 +33,6 @@ _LOG = logging.getLogger("llama_moe")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_READ_BYTES = 1 << 20
 _MOST_NAMES = 40
 
 
@@ -78,10 +72,17 @@ def pull(
         repo, file = reference
     if not _REPOSITORY.fullmatch(repo):
         raise InvalidOptionError(f"{repo!r} is not a repository of the hub; expected OWNER/REPOSITORY, such as 'ggml-org/models'")
-    _hub()
+    _check_installed()
     repository = _Repository.ask(repo, revision)
-    chosen = repository.choose(file)
-    return _fetch(repository, chosen, None if folder is None else Path(folder), on_progress)
+    files = repository.choose(file)
+    if repository.offline is not None:
+        return repository.here(files, None if folder is None else Path(folder), repository.offline)
+    path = fetch(repo, repository.commit, files, None if folder is None else Path(folder), on_progress)
+    if folder is None and repository.revision != repository.commit:  # so that it is found without a network
+        branch = storage_folder(repo) / "refs" / repository.revision
+        branch.parent.mkdir(parents=True, exist_ok=True)
+        branch.write_text(repository.commit, encoding="utf-8")
+    return path
 
 
 def local_model(path: StrPath, *, on_progress: DownloadProgress | None = None) -> StrPath:
@@ -96,23 +97,14 @@ def local_model(path: StrPath, *, on_progress: DownloadProgress | None = None) -
         raise
 
 
-def _hub() -> Any:
+def _check_installed() -> None:
     try:
-        import huggingface_hub
+        import huggingface_hub  # noqa: F401
     except ImportError as error:
         raise LlamaMoeError(f'downloads need huggingface_hub ({error}): pip install "llama-moe[hub]"') from error
-    return huggingface_hub
 
 
 # ---- what a repository has
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    name: str
-    size: int | None
-    """Bytes; None where only the cache was asked."""
-    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +112,7 @@ class _Repository:
     name: str
     revision: str
     commit: str
-    files: tuple[_File, ...]
+    files: tuple[HubFile, ...]
     """Its GGUF files."""
     offline: Exception | None = None
     """Why the hub was not asked; `files` are then those of the cache."""
@@ -135,7 +127,7 @@ class _Repository:
         try:
             info = HfApi(endpoint=endpoint()).model_info(name, revision=wanted, files_metadata=True)
         except GatedRepoError as error:
-            raise _gated(name) from error
+            raise gated(name) from error
         except RepositoryNotFoundError as error:
             raise FileNotFoundError(
                 f"the hub has no repository {name!r}; if it is private, set HF_TOKEN to a token that may read it, or run 'hf auth login'"
@@ -145,11 +137,11 @@ class _Repository:
         except HfHubHTTPError as error:
             return cls._of_cache(name, wanted, error)
         except Exception as error:
-            if not _is_network(error):
+            if not is_network_failure(error):
                 raise
             return cls._of_cache(name, wanted, error)
         files = [
-            _File(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs is not None else None)
+            HubFile(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs is not None else None)
             for entry in info.siblings or ()
             if entry.rfilename.endswith(".gguf")
         ]
@@ -157,18 +149,26 @@ class _Repository:
 
     @classmethod
     def _of_cache(cls, name: str, revision: str, reason: Exception) -> _Repository:
-        storage = _storage(name)
+        storage = storage_folder(name)
         commit = revision
         if not _COMMIT.fullmatch(revision):
             with contextlib.suppress(OSError):
                 commit = (storage / "refs" / revision).read_text(encoding="utf-8").strip()
         snapshot = storage / "snapshots" / commit
-        files = tuple(_File(str(found.relative_to(snapshot)), None) for found in sorted(snapshot.rglob("*.gguf")) if found.exists())
+        files = tuple(HubFile(str(found.relative_to(snapshot)), None) for found in sorted(snapshot.rglob("*.gguf")) if found.exists())
         if not files:
-            raise DownloadError(f"cannot ask the hub for {name!r}, and the cache has no file of it: {_one_line(reason)}") from reason
+            raise DownloadError(f"cannot ask the hub for {name!r}, and the cache has no file of it: {one_line(reason)}") from reason
         return cls(name, revision, commit, files, reason)
 
-    def choose(self, wanted: str | None) -> tuple[_File, ...]:
+    def here(self, files: Sequence[HubFile], folder: Path | None, reason: Exception) -> Path:
+        """The first of files that need not be fetched, where the hub was not asked."""
+        root = storage_folder(self.name) / "snapshots" / self.commit if folder is None else folder
+        if not all((root / file.name).is_file() for file in files):
+            raise DownloadError(f"cannot reach the hub: {one_line(reason)}") from reason
+        _LOG.info("the hub was not asked for %s, what is here is used: %s", self.name, one_line(reason))
+        return root / files[0].name
+
+    def choose(self, wanted: str | None) -> tuple[HubFile, ...]:
         """The files of the one model that is meant, in order."""
         models = self._models()
         if wanted is None:
@@ -184,16 +184,16 @@ class _Repository:
                 f"{len(found)} models of {self.name!r} match{'' if wanted is None else ' ' + repr(wanted)}; give one: {_listed(found)}"
             )
         where = "the cache" if self.offline is not None else f"repository {self.name!r}"
-        reason = "" if self.offline is None else f" (the hub was not asked: {_one_line(self.offline)})"
+        reason = "" if self.offline is None else f" (the hub was not asked: {one_line(self.offline)})"
         if not models:
             raise FileNotFoundError(f"{where} has no GGUF file{reason}")
         missing = "no model" if wanted is None else f"no file {wanted!r}"
         raise FileNotFoundError(f"{where} has {missing}{reason}; its GGUF files are {_listed(list(models))}")
 
-    def _models(self) -> dict[str, tuple[_File, ...]]:
+    def _models(self) -> dict[str, tuple[HubFile, ...]]:
         """The files of each model by the name of the first."""
         by_name = {file.name: file for file in self.files}
-        models: dict[str, tuple[_File, ...]] = {}
+        models: dict[str, tuple[HubFile, ...]] = {}
         for file in self.files:
             numbered = _PART.search(file.name)
             if numbered is None:
@@ -223,229 +223,3 @@ def _is_projector(name: str) -> bool:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more
-
-
-# ---- fetching
-
-
-@dataclass(slots=True)
-class _Transfer:
-    """One file on its way."""
-
-    file: _File
-    target: Path
-    partial: Path
-    size: int
-    folder: Path | None
-    """Where the caller wants it; None: in the cache."""
-
-    @property
-    def begun(self) -> int:
-        """Bytes of it that an earlier download left."""
-        try:
-            size = self.partial.stat().st_size
-        except OSError:
-            return 0
-        return size if size <= self.size else 0
-
-
-@dataclass(slots=True)
-class _Counter:
-    """What huggingface_hub takes for a progress bar."""
-
-    done: int
-    total: int
-    report: DownloadProgress | None
-
-    def update(self, size: int) -> None:
-        self.done += size
-        if self.report is not None:
-            self.report(self.done, self.total)
-
-
-def _fetch(repository: _Repository, files: Sequence[_File], folder: Path | None, on_progress: DownloadProgress | None) -> Path:
-    if repository.offline is not None:
-        if folder is not None and not all((folder / file.name).is_file() for file in files):
-            raise DownloadError(f"cannot reach the hub: {_one_line(repository.offline)}") from repository.offline
-        _LOG.info("the hub was not asked for %s, the cache's is used: %s", repository.name, _one_line(repository.offline))
-        root = _storage(repository.name) / "snapshots" / repository.commit if folder is None else folder
-        return root / files[0].name
-    with _explained(repository.name):
-        transfers = [_transfer(repository, file, folder) for file in files]
-        missing = [transfer for transfer in transfers if not transfer.target.exists()]
-        total = sum(transfer.size for transfer in transfers)
-        _check_disk(missing)
-        here = total - sum(transfer.size - transfer.begun for transfer in missing)
-        counter = _Counter(here, total, on_progress)
-        counter.update(0)
-        for transfer in missing:
-            _download(repository, transfer, counter)
-        if folder is not None:
-            return transfers[0].target
-        paths = [_finish(repository, file) for file in files]
-        return paths[0]
-
-
-def _transfer(repository: _Repository, file: _File, folder: Path | None) -> _Transfer:
-    if folder is not None:
-        target = folder / file.name
-        if target.exists() and file.size is not None and target.stat().st_size != file.size:
-            raise InvalidOptionError(
-                f"{str(target)!r} is there and has {target.stat().st_size} bytes, not the {file.size} of the hub's; remove it first"
-            )
-        return _Transfer(file, target, target.with_name(f".{target.name}.partial"), file.size or 0, folder)
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    cached = _storage(repository.name) / "snapshots" / repository.commit / file.name
-    if cached.exists():
-        return _Transfer(file, cached, cached, cached.stat().st_size, None)
-    url = hf_hub_url(repository.name, file.name, revision=repository.commit, endpoint=endpoint())
-    metadata = get_hf_file_metadata(url, headers=_headers())
-    if metadata.etag is None:
-        raise DownloadError(f"the server of {repository.name!r} is no hub: it gives no ETag for {file.name!r}")
-    blob = _storage(repository.name) / "blobs" / metadata.etag
-    # The name that older versions of huggingface_hub gave to what is not complete: what they left is used as well.
-    return _Transfer(file, blob, blob.with_name(f"{blob.name}.incomplete"), metadata.size or file.size or 0, None)
-
-
-def _check_disk(missing: Sequence[_Transfer]) -> None:
-    if not missing:
-        return
-    folder = missing[0].target.parent
-    needed = sum(transfer.size - transfer.begun for transfer in missing)
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk is too small: {format_size(needed)} to download, {format_size(free)} free; remove something, or choose another "
-            "folder (--to, folder=, or HF_HOME)",
-            str(existing),
-        )
-
-
-def _download(repository: _Repository, transfer: _Transfer, counter: _Counter) -> None:
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # it is there, without being marked as exported
-
-    if transfer.size > constants.MAX_HTTP_DOWNLOAD_SIZE:  # the hub sends such files by a protocol of its own, which does not go on
-        hf_hub_download(repository.name, transfer.file.name, revision=repository.commit, local_dir=transfer.folder, endpoint=endpoint())
-        counter.update(transfer.size)
-        return
-    transfer.partial.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(_lock_of(repository, transfer)):
-        begun = transfer.begun
-        if transfer.target.exists():  # another process was quicker
-            counter.update(transfer.size - begun)
-            return
-        if begun:
-            _LOG.info("%s: going on at %s of %s", transfer.file.name, format_size(begun), format_size(transfer.size))
-        with transfer.partial.open("r+b" if begun else "wb") as file:
-            file.seek(0, os.SEEK_END)
-            http_get(
-                hf_hub_url(repository.name, transfer.file.name, revision=repository.commit, endpoint=endpoint()),
-                file,
-                resume_size=begun,
-                headers=_headers() | {"Accept-Encoding": "identity"},
-                expected_size=transfer.size or None,
-                _tqdm_bar=cast("Any", counter),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        _check_content(transfer)
-        transfer.partial.replace(transfer.target)
-
-
-def _check_content(transfer: _Transfer) -> None:
-    if transfer.file.sha256 is None:
-        return
-    digest = hashlib.sha256()
-    with transfer.partial.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
-    if digest.hexdigest() != transfer.file.sha256:
-        transfer.partial.unlink()
-        raise DownloadError(
-            f"{transfer.file.name!r} came damaged: its SHA-256 is {digest.hexdigest()}, the hub says {transfer.file.sha256}; try again"
-        )
-
-
-def _finish(repository: _Repository, file: _File) -> Path:
-    """Gives a file that the cache holds its name there."""
-    from huggingface_hub import hf_hub_download
-
-    path = Path(hf_hub_download(repository.name, file.name, revision=repository.commit, endpoint=endpoint()))
-    if repository.revision != repository.commit:  # so that it is found without a network
-        reference = _storage(repository.name) / "refs" / repository.revision
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(repository.commit, encoding="utf-8")
-    return path
-
-
-def _headers() -> dict[str, str]:
-    """With the token, if there is one."""
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # as above
-
-    return build_hf_headers()
-
-
-def _storage(repository: str) -> Path:
-    """The folder of a repository in the cache of the Hugging Face tools."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
-
-
-def _lock_of(repository: _Repository, transfer: _Transfer) -> Path:
-    """The lock that huggingface_hub takes for the same file of the cache, or one like it."""
-    storage = _storage(repository.name)
-    name = transfer.target.name if transfer.folder is None else hashlib.sha256(os.fsencode(transfer.target.absolute())).hexdigest()
-    lock = storage.parent / ".locks" / storage.name / f"{name}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    return lock
-
-
-# ---- errors
-
-
-@contextlib.contextmanager
-def _explained(repository: str) -> Iterator[None]:
-    """Says what went wrong on the way in our own errors; what was received stays, to go on with."""
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
-
-    try:
-        yield
-    except GatedRepoError as error:
-        raise _gated(repository) from error
-    except HfHubHTTPError as error:
-        if isinstance(error, EntryNotFoundError):
-            raise FileNotFoundError(f"a file of {repository!r} is gone: {_one_line(error)}") from error
-        raise DownloadError(f"the hub refuses to send {repository!r}: {_one_line(error)}") from error
-    except Exception as error:
-        if not _is_network(error):
-            raise
-        raise DownloadError(
-            f"the download of {repository!r} was interrupted: {_one_line(error)}; the next one goes on from there"
-        ) from error
-
-
-def _gated(repository: str) -> DownloadError:
-    from huggingface_hub import get_token
-
-    page = f"{endpoint()}/{repository}"
-    hint = f"ask for access at {page}" if get_token() else f"accept its terms at {page} and set HF_TOKEN, or run 'hf auth login'"
-    return DownloadError(f"repository {repository!r} is gated: {hint}")
-
-
-def _is_network(error: Exception) -> bool:
-    """Whether it is a failure of the network: those of huggingface_hub's HTTP library have no common name between its versions."""
-    if type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "requests", "urllib3"}:
-        return True
-    return isinstance(error, ConnectionError) or (type(error) is OSError and "Consistency check failed" in str(error))
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if line) or type(error).__name__

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from .hub import DownloadProgress
+    from .hub_transfer import DownloadProgress
     from .inspection import Metadata
     from .placement import PlacementLike
     from .tokens import TokenIds

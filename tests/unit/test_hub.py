@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 import threading
@@ -21,6 +20,7 @@ from llama_moe.hub import local_model, pull
 from tests.support.fake_hub import COMMIT, FakeHub
 from tests.support.http_files import Request
 from tests.support.processes import COMMAND, Program, cli
+from tests.support.terminal import Terminal
 from tests.support.waiting import eventually
 
 REPO = "owner/model-GGUF"
@@ -319,18 +319,6 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 def test_a_terminal_shows_the_progress(hub: FakeHub, tiny_on_hub: str) -> None:
-    import pty
-    import subprocess
-
-    master, slave = pty.openpty()
-    try:
-        done = subprocess.run(
-            [*COMMAND, "pull", REPO, "tiny-F16.gguf"], stdin=slave, stdout=subprocess.PIPE, stderr=slave, timeout=120, check=False
-        )
-        shown = os.read(master, 1 << 16).decode()
-    finally:
-        os.close(master)
-        os.close(slave)
-    assert done.returncode == 0
-    assert "tiny-F16.gguf" in shown
-    assert "100%" in shown or "MiB" in shown or "KiB" in shown
+    with Terminal([*COMMAND, "pull", tiny_on_hub]) as terminal:
+        assert terminal.finish() == 0
+        assert re.search(r"tiny-F16\.gguf .*[0-9.]+/[0-9.]+ [KM]iB", terminal.shown)
