@@ -13,6 +13,7 @@ import os
 import time
 import weakref
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from . import _core
@@ -22,16 +23,21 @@ from .results import Completion, Token
 from .stream import Deadline, GenerationReader, failure_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import TypeAlias
 
+    import numpy as np
+    import numpy.typing as npt
     from typing_extensions import Self
 
-    from .chat import ChatCompletion, ChatParser
+    from .chat import ChatCompletion, ChatParser, ChatPrompt
     from .engine import Engine
+    from .sampling import SamplingParams
 
     Request: TypeAlias = tuple[str | list[int], _core.SamplingOptions]
+    # A native method that submits a request, all but its delivery given.
+    Submit: TypeAlias = Callable[..., _core.Generation]
 
 # Between two looks for a device that failed, which nothing announces.
 _HEARTBEAT_SECONDS = 0.5
@@ -174,15 +180,20 @@ class AsyncChatStream(ChatReader, AsyncIterator[ChatDelta]):
         await self.aclose()
 
 
-def _start_one(engine: Engine, prompt: str | list[int], sampling: _core.SamplingOptions, timeout: float | None) -> AsyncTokenStream:
+def _start_one(engine: Engine, submit: Submit, timeout: float | None, *, logprobs: bool = False) -> AsyncTokenStream:
     hub = _hub_of(asyncio.get_running_loop())
     tag = hub.open()
     try:
-        generation = engine._native.submit(prompt, sampling, timeout, hub.notifier, tag)
+        generation = submit(timeout=timeout, notifier=hub.notifier, tag=tag)
     except BaseException:
         hub.release(tag)
         raise
-    return AsyncTokenStream(generation, engine, hub, tag, timeout, logprobs=sampling.logprobs is not None)
+    return AsyncTokenStream(generation, engine, hub, tag, timeout, logprobs=logprobs)
+
+
+def _start_request(engine: Engine, request: Request, timeout: float | None) -> AsyncTokenStream:
+    prompt, sampling = request
+    return _start_one(engine, partial(engine._native.submit, prompt, sampling), timeout, logprobs=sampling.logprobs is not None)
 
 
 def start(engine: Engine, requests: Sequence[Request], timeout: object) -> list[AsyncTokenStream]:
@@ -194,8 +205,8 @@ def start(engine: Engine, requests: Sequence[Request], timeout: object) -> list[
     deadline = Deadline(timeout)
     streams: list[AsyncTokenStream] = []
     try:
-        for prompt, sampling in requests:
-            streams.append(_start_one(engine, prompt, sampling, deadline.left()))
+        for request in requests:
+            streams.append(_start_request(engine, request, deadline.left()))  # noqa: PERF401 - those before a failure are closed
     except BaseException:
         for stream in streams:
             stream._close()
@@ -203,30 +214,63 @@ def start(engine: Engine, requests: Sequence[Request], timeout: object) -> list[
     return streams
 
 
+def start_chat(
+    engine: Engine, prompt: ChatPrompt, *, ids: list[int] | None = None, params: SamplingParams | None = None, timeout: object = None
+) -> AsyncChatStream:
+    """Submits a conversation whose prompt was made before; the stream belongs to the running event loop.
+
+    Args:
+        engine: what answers.
+        prompt: of the engine's model.
+        ids: its tokens, where they are known.
+        params: in place of those that the prompt was made with, from which they may differ in nothing but chance.
+        timeout: as for `Engine.chat`.
+
+    Raises:
+        RuntimeError: no event loop runs in this thread.
+    """
+    (tokens,) = start(engine, [(prompt.text if ids is None else ids, prompt._options(params))], timeout)
+    return AsyncChatStream(tokens, prompt.parser())
+
+
 async def generate(engine: Engine, requests: Sequence[Request], timeout: object) -> list[Completion]:
     """The completions of requests; when the queue is full, all but the first wait for room in it."""
+    streams = await _read_all([partial(_start_request, engine, request) for request in requests], timeout)
+    return [stream.completion for stream in streams]
+
+
+async def values(engine: Engine, submits: Sequence[Submit], timeout: object) -> list[npt.NDArray[np.float32]]:
+    """What requests that generate nothing compute; when the queue is full, all but the first wait for room in it."""
+    streams = await _read_all([partial(_start_one, engine, submit) for submit in submits], timeout)
+    return [stream._generation.take_values() for stream in streams]
+
+
+async def _read_all(starts: Sequence[Callable[[float | None], AsyncTokenStream]], timeout: object) -> list[AsyncTokenStream]:
+    """Starts streams, the later ones when there is room for them, and reads all to their ends."""
     deadline = Deadline(timeout)
     streams: list[AsyncTokenStream] = []
-    completions: list[Completion] = []
+    ended = 0
     try:
-        for prompt, sampling in requests:
+        for start_one in starts:
             while True:
                 try:
-                    streams.append(_start_one(engine, prompt, sampling, deadline.left()))
+                    streams.append(start_one(deadline.left()))
                     break
                 except QueueFullError:
                     if not streams:
                         raise
-                if len(completions) < len(streams):
-                    completions.append(await streams[len(completions)].read_all())
+                if ended < len(streams):
+                    await streams[ended].read_all()
+                    ended += 1
                 else:  # the requests of others fill the queue, and nothing tells when one of them ends
                     await asyncio.sleep(_ROOM_SECONDS)
-        completions.extend([await stream.read_all() for stream in streams[len(completions) :]])
+        for stream in streams[ended:]:
+            await stream.read_all()
     except BaseException:
         for stream in streams:
             stream._close()
         raise
-    return completions
+    return streams
 
 
 class _Hub:

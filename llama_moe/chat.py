@@ -182,9 +182,12 @@ class ChatPrompt:
         """The prompt. Control tokens are in it by name; a beginning-of-text token that the model's vocabulary adds is not."""
         return self._native.text
 
-    def _options(self) -> _core.SamplingOptions:
-        """The native sampling options: the caller's, with the template's grammar, stop strings and preserved tokens."""
-        return self._native.constrain(self._params._to_native())
+    def _options(self, params: SamplingParams | None = None) -> _core.SamplingOptions:
+        """The native sampling options: the caller's, with the template's grammar, stop strings and preserved tokens.
+
+        Those that shaped the prompt may be replaced by `params` that differ in nothing but chance.
+        """
+        return self._native.constrain((params or self._params)._to_native())
 
     def parser(self) -> ChatParser:
         """A parser for one answer."""

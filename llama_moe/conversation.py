@@ -174,8 +174,7 @@ class ChatMethods:
             messages, params, tools, tool_choice, parallel_tool_calls, response_format, enable_thinking, template, template_options,
             add_generation_prompt, continue_final_message,
         )  # fmt: skip
-        (tokens,) = aio.start(cast("Engine", self), [(prompt.text, prompt._options())], timeout)
-        return aio.AsyncChatStream(tokens, prompt.parser())
+        return aio.start_chat(cast("Engine", self), prompt, timeout=timeout)
 
     def _prompt(  # noqa: PLR0917 - as they are in `chat`
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast, overload
 
 from . import _logging
 from .errors import InvalidOptionError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from . import _core
+    from .engine import Engine
     from .model import Model
     from .tokens import Prompt
 
@@ -120,6 +121,28 @@ class ScoringMethods:
         import numpy as np  # late: most of what imports this package needs none of it
 
         return rows[0] if single else np.stack(rows) if rows else np.empty((0, width), np.float32)
+
+    async def aembed(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        pooling: Literal["mean", "last", "cls"] = "mean",
+        normalize: bool = True,
+        timeout: float | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """What `embed()` does with several texts, for asyncio: other tasks run meanwhile, and no thread is needed.
+
+        Cancelling the task that awaits it cancels all. Arguments, result and errors are those of `embed()`.
+        """
+        from . import aio  # late: importing asyncio takes longer than importing this package
+
+        _logging.sync_level()
+        submit = partial(self._native.submit_embed, pooling=pooling, normalise=normalize)
+        each, _ = as_prompts(prompts)
+        rows = await aio.values(cast("Engine", self), [partial(submit, self._tokens_of(prompt)) for prompt in each], timeout)
+        import numpy as np
+
+        return np.stack(rows) if rows else np.empty((0, self._native.embedding_size), np.float32)
 
     @overload
     def score(self, prompts: Prompt, *, timeout: float | None = None) -> Score: ...  # type: ignore[overload-overlap]

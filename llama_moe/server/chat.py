@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from llama_moe import SamplingParams
+from llama_moe.aio import start_chat
 
 from .chat_types import (
     AnswerMessage,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
     from sse_starlette import ServerSentEvent
 
-    from llama_moe import AsyncChatStream, ChatCompletion, ChatDelta, Token, ToolCallDelta, ToolChoice
+    from llama_moe import AsyncChatStream, ChatCompletion, ChatDelta, ChatPrompt, Model, Token, ToolCallDelta, ToolChoice
 
     from .pool import ServedModel
     from .settings import ServerSettings
@@ -71,26 +73,44 @@ class ChatCall:
     template_options: Mapping[str, object] = field(default_factory=dict)
     continue_final_message: bool = False
 
-    def start(self, served: ServedModel, settings: ServerSettings, *, index: int = 0) -> AsyncChatStream:
-        """Starts to answer, as the choice of this number.
+    async def start(self, served: ServedModel, settings: ServerSettings, *, choices: int = 1) -> list[AsyncChatStream]:
+        """Starts to answer, as often as there are choices. The event loop goes on while a long conversation becomes tokens.
 
         Raises:
             ApiError: the prompt is longer than the server allows.
             LlamaMoeError: as `Engine.chat` does.
         """
-        options: dict[str, Any] = {
-            "tools": self.tools,
-            "tool_choice": self.tool_choice,
-            "parallel_tool_calls": self.parallel_tool_calls,
-            "response_format": self.response_format,
-            "enable_thinking": self.enable_thinking,
-            "template_options": self.template_options,
-            "continue_final_message": self.continue_final_message,
-        }
-        if settings.max_prompt_tokens is not None and index == 0:
-            prompt = served.model.chat_format().apply(self.messages, self.params, **options)
-            check_prompt(len(served.model.tokenize(prompt.text, parse_special=True)), settings)
-        return served.engine.astream_chat(self.messages, with_seed(self.params, index), **options, timeout=settings.timeout)
+        prompt, ids = await asyncio.to_thread(self._prompt, served.model)
+        check_prompt(len(ids), settings)
+        streams: list[AsyncChatStream] = []
+        try:
+            for index in range(choices):
+                params = with_seed(self.params, index)
+                streams.append(start_chat(served.engine, prompt, ids=ids, params=params, timeout=settings.timeout))
+        except BaseException:
+            for stream in streams:
+                await stream.aclose()
+            raise
+        return streams
+
+    async def count(self, served: ServedModel) -> int:
+        """The tokens of the prompt, without answering."""
+        _, ids = await asyncio.to_thread(self._prompt, served.model)
+        return len(ids)
+
+    def _prompt(self, model: Model) -> tuple[ChatPrompt, list[int]]:
+        prompt = model.chat_format().apply(
+            self.messages,
+            self.params,
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=self.response_format,
+            enable_thinking=self.enable_thinking,
+            template_options=self.template_options,
+            continue_final_message=self.continue_final_message,
+        )
+        return prompt, model.tokenize(prompt.text, parse_special=True)
 
 
 def check_prompt(tokens: int, settings: ServerSettings) -> None:
@@ -147,7 +167,7 @@ async def chat_completions(body: ChatRequest, request: Request, state: State) ->
     call = chat_call(body, state.settings)
     async with AsyncExitStack() as held:
         served = await held.enter_async_context(state.pool.use(body.model))
-        streams = [call.start(served, state.settings, index=index) for index in range(choices)]
+        streams = await call.start(served, state.settings, choices=choices)
         for stream in streams:
             held.push_async_callback(stream.aclose)
         if body.stream:
@@ -155,16 +175,16 @@ async def chat_completions(body: ChatRequest, request: Request, state: State) ->
             events = _events(state, served, streams, include_usage=include_usage)
             return StreamResponse(events, request=request, state=state, held=held.pop_all())
         answers = await unless_gone(request, read_all(streams))
-    for answer in answers:
-        check_ended(answer)
-        state.completed(served, answer)
-    reply = ChatReply(
-        id=new_id("chatcmpl"),
-        created=now(),
-        model=served.name,
-        choices=[_choice(served, index, answer) for index, answer in enumerate(answers)],
-        usage=usage_of(answers[:1], answers),
-    )
+        for answer in answers:
+            check_ended(answer)
+            state.completed(served, answer)
+        reply = ChatReply(
+            id=new_id("chatcmpl"),
+            created=now(),
+            model=served.name,
+            choices=[_choice(served, index, answer) for index, answer in enumerate(answers)],
+            usage=usage_of(answers[:1], answers),
+        )
     return Response(reply.model_dump_json(), media_type="application/json")
 
 

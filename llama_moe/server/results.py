@@ -88,6 +88,11 @@ def _fields(model: Model, token: Token) -> dict[str, Any]:
     return {"token": data.decode(errors="replace"), "logprob": finite(token.logprob), "bytes": list(data)}
 
 
+def token_text(model: Model, token: Token) -> str:
+    """The text of a token by itself; U+FFFD for bytes that are no whole character."""
+    return model.token_bytes(token.id).decode(errors="replace")
+
+
 def finite(logprob: float | None) -> float:
     """A log-probability that JSON can have; of a token without any probability the lowest that OpenAI gives."""
     return _LOWEST if logprob is None else max(logprob, _LOWEST)
