@@ -1,0 +1,16 @@
+"""Many machines with Ray: batch inference with Ray Data, and the server with Ray Serve (extra `ray`).
+
+Example:
+    answers = dataset.map_batches(
+        LlamaMoe,
+        fn_constructor_kwargs={"model": "model.gguf", "sampling": SamplingParams(max_tokens=64)},
+        batch_size=64,
+        compute=ray.data.ActorPoolStrategy(size=2),
+    )
+"""
+
+from __future__ import annotations
+
+from .data import LlamaMoe
+
+__all__ = ["LlamaMoe"]
