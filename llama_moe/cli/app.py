@@ -19,6 +19,9 @@ app = typer.Typer(
 )
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="GGUF file; the first one of a split model.")]
+ModelOrHubArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="GGUF file; or OWNER/REPOSITORY/FILE of Hugging Face, which is fetched if need be.")
+]
 # As text: a Path would take one of a URL's slashes away.
 ModelOrUrlArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="GGUF file, or the URL or OWNER/REPOSITORY/FILE (Hugging Face) of one; its header is read.")
@@ -46,6 +49,20 @@ ExpertsOnOption = Annotated[
         help="Tensors whose name matches go to this device. May be given several times; the first that matches decides.",
     ),
 ]
+TemperatureOption = Annotated[float, typer.Option("--temp", min=0.0, metavar="T", help="0: always the most likely token.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, metavar="S", help="Of the random choices. Default: a new one.")]
+LookupOption = Annotated[bool, typer.Option("--lookup", help="Draft tokens by looking up what followed the last ones before.")]
+DraftModelOption = Annotated[
+    Path | None, typer.Option("--draft-model", metavar="FILE", help="Draft tokens with this smaller model of the same vocabulary.")
+]
+RepackIfQuickerOption = Annotated[
+    bool | None, typer.Option("--repack/--no-repack", help="Let llama.cpp rearrange weights for the CPU. Default: it may.")
+]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option("--profile", metavar="FILE", help="Fill what is not given from this profile; 'auto': what `llama-moe tune` kept."),
+]
+MemoryOption = Annotated[bool, typer.Option("--memory", help="Show the memory used, by device and role.")]
 ContextSizeOption = Annotated[int, typer.Option("--ctx", min=0, metavar="N", help="Tokens of context; 0: what the model was trained for.")]
 
 
@@ -66,7 +83,7 @@ def options(
 
 @app.command()
 def run(
-    model: ModelArgument,
+    model: ModelOrHubArgument,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", metavar="PROMPT", help="What to continue, or to answer; '-' reads it from standard input.")
     ],
@@ -79,8 +96,8 @@ def run(
     rpc: RpcOption = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Most tokens to generate.")] = 256,
     context_size: ContextSizeOption = 4096,
-    temperature: Annotated[float, typer.Option("--temp", min=0.0, metavar="T", help="0: always the most likely token.")] = 0.8,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="S", help="Of the random choices. Default: a new one.")] = None,
+    temperature: TemperatureOption = 0.8,
+    seed: SeedOption = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="The text ends before this. May be given several times.")
     ] = None,
@@ -88,45 +105,83 @@ def run(
     json_schema: Annotated[
         str | None, typer.Option("--json-schema", metavar="FILE_OR_JSON", help="The text is JSON of this JSON schema; '{}' is any.")
     ] = None,
-    lookup: Annotated[bool, typer.Option("--lookup", help="Draft tokens by looking up what followed the last ones before.")] = False,
-    draft_model: Annotated[
-        Path | None, typer.Option("--draft-model", metavar="FILE", help="Draft tokens with this smaller model of the same vocabulary.")
-    ] = None,
+    lookup: LookupOption = False,
+    draft_model: DraftModelOption = None,
     threads: ThreadsOption = None,
-    repack: Annotated[
-        bool | None, typer.Option("--repack/--no-repack", help="Let llama.cpp rearrange weights for the CPU. Default: it may.")
-    ] = None,
-    profile: Annotated[
-        str | None,
-        typer.Option("--profile", metavar="FILE", help="Fill what is not given from this profile; 'auto': what `llama-moe tune` kept."),
-    ] = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Show the memory used, by device and role.")] = False,
+    repack: RepackIfQuickerOption = None,
+    profile: ProfileOption = None,
+    memory: MemoryOption = False,
 ) -> None:
     """Continue a prompt, or answer it, streaming the text.
 
     The text goes to standard output; reasoning, speed and memory to standard error. Without --cpu-moe, --n-cpu-moe or --experts-on, as
     many experts as fit go to the accelerators.
     """
-    from .run import choose_drafting, choose_placement, choose_sampling, run_prompt
+    from .run import EngineChoice, choose_drafting, choose_placement, choose_sampling, run_prompt
 
     with exit_codes():
-        run_prompt(
-            model,
-            prompt,
+        choice = EngineChoice(
+            model=model,
             experts=choose_placement(cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe, experts_on=experts_on or []),
-            params=choose_sampling(
-                max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or [], grammar=grammar, json_schema=json_schema
-            ),
             drafting=choose_drafting(lookup=lookup, draft_model=draft_model),
-            chat=chat or system is not None,
-            system=system,
             rpc=rpc or [],
             context_size=context_size,
             threads=threads,
             repack=repack,
             profile=profile,
-            memory=memory,
         )
+        params = choose_sampling(
+            max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or [], grammar=grammar, json_schema=json_schema
+        )
+        run_prompt(choice, prompt, params=params, chat=chat or system is not None, system=system, memory=memory)
+
+
+@app.command("chat")
+def chat_command(
+    model: ModelOrHubArgument,
+    *,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
+    cpu_moe: CpuMoeOption = False,
+    n_cpu_moe: NCpuMoeOption = None,
+    experts_on: ExpertsOnOption = None,
+    rpc: RpcOption = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Most tokens of an answer. Default: what there is room for."),
+    ] = None,
+    context_size: ContextSizeOption = 4096,
+    temperature: TemperatureOption = 0.8,
+    seed: SeedOption = None,
+    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="Let a model that can think first do so.")] = True,
+    lookup: LookupOption = False,
+    draft_model: DraftModelOption = None,
+    threads: ThreadsOption = None,
+    repack: RepackIfQuickerOption = None,
+    profile: ProfileOption = None,
+    history: Annotated[bool, typer.Option("--history/--no-history", help="Keep what is typed, for the arrow keys of later chats.")] = True,
+    memory: MemoryOption = False,
+) -> None:
+    """Chat with a model in the terminal.
+
+    Ctrl-C stops an answer and not the program. /help shows what else can be done. When the context is full, the oldest messages leave it.
+    From a pipe, each line is a message. Answers go to standard output, everything else to standard error.
+    """
+    from .chat import run_chat
+    from .run import EngineChoice, choose_drafting, choose_placement, choose_sampling
+
+    with exit_codes():
+        choice = EngineChoice(
+            model=model,
+            experts=choose_placement(cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe, experts_on=experts_on or []),
+            drafting=choose_drafting(lookup=lookup, draft_model=draft_model),
+            rpc=rpc or [],
+            context_size=context_size,
+            threads=threads,
+            repack=repack,
+            profile=profile,
+        )
+        params = choose_sampling(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=[], grammar=None, json_schema=None)
+        run_chat(choice, params=params, system=system, thinking=thinking, keep_history=history, memory=memory)
 
 
 @app.command()

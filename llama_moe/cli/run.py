@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from .pull import model_file
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Literal, TypeAlias
+
+    from llama_moe import Engine
 
     Drafting: TypeAlias = Literal["lookup"] | Path | None
 
@@ -35,7 +38,7 @@ def choose_placement(*, cpu_moe: bool, n_cpu_moe: int | None, experts_on: Sequen
 
 
 def choose_sampling(
-    *, max_tokens: int, temperature: float, seed: int | None, stop: Sequence[str], grammar: Path | None, json_schema: str | None
+    *, max_tokens: int | None, temperature: float, seed: int | None, stop: Sequence[str], grammar: Path | None, json_schema: str | None
 ) -> SamplingParams:
     """How to sample; a file that cannot be read is a usage error."""
     check_one_of("each says what the text must be", {"--grammar": grammar is not None, "--json-schema": json_schema is not None})
@@ -57,44 +60,49 @@ def choose_drafting(*, lookup: bool, draft_model: Path | None) -> Drafting:
     return "lookup" if lookup else draft_model
 
 
-def run_prompt(
-    model: Path,
-    prompt: str,
-    *,
-    experts: ExpertPlacement,
-    params: SamplingParams,
-    drafting: Drafting,
-    chat: bool,
-    system: str | None,
-    rpc: Sequence[str],
-    context_size: int,
-    threads: int | None,
-    repack: bool | None,
-    profile: str | None,
-    memory: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EngineChoice:
+    """The model and engine that a command's options stand for."""
+
+    model: Path
+    experts: ExpertPlacement
+    drafting: Drafting
+    rpc: Sequence[str]
+    context_size: int
+    threads: int | None
+    repack: bool | None
+    profile: str | None
+
+
+def open_engine(stack: contextlib.ExitStack, choice: EngineChoice) -> Engine:
+    """Loads the model, from the hub if need be, and makes the engine; both are closed with the stack."""
+    path = model_file(choice.model)
+    for endpoint in choice.rpc:
+        llama_moe.add_rpc_device(endpoint)
+    speculative = Speculative.lookup() if choice.drafting == "lookup" else None
+    if isinstance(choice.drafting, Path):
+        with progress("Loading the draft model") as on_progress:
+            draft = Model(choice.drafting, repack=choice.repack is not False, on_progress=on_progress)
+        speculative = Speculative.draft(stack.enter_context(draft))
+    with progress("Loading") as on_progress:
+        engine = llama_moe.load(
+            path,
+            experts=Default("fit") if choice.experts == ExpertPlacement.fit() else choice.experts,  # which no option asks for
+            context_size=choice.context_size,
+            threads=Default(None) if choice.threads is None else choice.threads,
+            speculative=speculative,
+            repack=Default(True) if choice.repack is None else choice.repack,
+            profile=choice.profile,
+            on_progress=on_progress,
+        )
+    return stack.enter_context(engine)
+
+
+def run_prompt(choice: EngineChoice, prompt: str, *, params: SamplingParams, chat: bool, system: str | None, memory: bool) -> None:
     """Loads the model, streams the completion or the answer, and reports speed, and memory if asked to."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    path = model_file(model)
-    for endpoint in rpc:
-        llama_moe.add_rpc_device(endpoint)
     with contextlib.ExitStack() as stack:
-        speculative = Speculative.lookup() if drafting == "lookup" else None
-        if isinstance(drafting, Path):
-            with progress("Loading the draft model") as on_progress:
-                speculative = Speculative.draft(stack.enter_context(Model(drafting, repack=repack is not False, on_progress=on_progress)))
-        with progress("Loading") as on_progress:
-            engine = llama_moe.load(
-                path,
-                experts=Default("fit") if experts == ExpertPlacement.fit() else experts,  # which no option asks for
-                context_size=context_size,
-                threads=Default(None) if threads is None else threads,
-                speculative=speculative,
-                repack=Default(True) if repack is None else repack,
-                profile=profile,
-                on_progress=on_progress,
-            )
-        stack.enter_context(engine)
+        engine = open_engine(stack, choice)
         if chat:
             messages = [] if system is None else [{"role": "system", "content": system}]
             stream_to_stdout(engine.stream_chat([*messages, {"role": "user", "content": text}], params))
