@@ -239,18 +239,18 @@ ARCHITECTURES: tuple[str, ...] = tuple(name for name in MODELS if name != DENSE)
 """Names of the Mixture-of-Experts models."""
 
 
-def write_tiny_model(path: str | os.PathLike[str], architecture: str, *, seed: int = 0) -> Path:
+def write_tiny_model(path: str | os.PathLike[str], architecture: str | TinyModel, *, seed: int = 0) -> Path:
     """Writes one tiny model.
 
     Args:
         path: File to write.
-        architecture: A name in `MODELS`.
+        architecture: A name in `MODELS`, or a model of one's own.
         seed: Of the weights. The same seed gives the same file, byte for byte.
 
     Returns:
         The path written.
     """
-    model = MODELS[architecture]
+    model = MODELS[architecture] if isinstance(architecture, str) else architecture
     target = Path(path)
     writer = gguf.GGUFWriter(None, model.architecture)
     try:
