@@ -24,6 +24,7 @@ import pytest
 from llama_moe.worker import Worker
 from tests.support.chat_templates import HERMES
 from tests.support.code_blocks import Block, blocks_of, with_stand_ins
+from tests.support.fake_hub import FakeHub
 from tests.support.full_size_models import write_full_size_model
 from tests.support.processes import COMMAND, REPOSITORY, environment
 from tests.support.tiny_models import MODELS, write_tiny_model
@@ -73,6 +74,30 @@ def folder(tmp_path: Path, models: dict[str, Path]) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Iterator[FakeHub]:
+    """A hub that has OWNER/REPOSITORY."""
+    folder = tmp_path_factory.mktemp("hub")
+    repository = folder / "OWNER" / "REPOSITORY"
+    repository.mkdir(parents=True)
+    for name in ("FILE.gguf", "model-Q4_K_M.gguf"):
+        (repository / name).symlink_to(models["model.gguf"])
+    with FakeHub(folder) as hub:
+        yield hub
+
+
+@pytest.fixture
+def variables(home: Path, hub: FakeHub) -> dict[str, str]:
+    """The environment of a page's blocks."""
+    return environment() | {
+        "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "LLAMA_MOE_CACHE": str(home / "cache"),
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "no-token"),
+    }
+
+
 @pytest.fixture
 def stand_ins(page: str) -> Iterator[dict[str, str]]:
     """What takes the place of addresses that pages name: free ports, and a worker for the second of two machines."""
@@ -89,16 +114,12 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("page", [page for page, blocks in _RUN.items() if blocks])
-def test_code_blocks_run(page: str, home: Path, folder: Path, stand_ins: dict[str, str]) -> None:
+def test_code_blocks_run(page: str, folder: Path, variables: dict[str, str], stand_ins: dict[str, str]) -> None:
     blocks = [with_stand_ins(block, stand_ins) for block in _RUN[page]]
     for name, quantization in _FULL_SIZE:
         if any(f"{name}-{quantization}.gguf" in block.code for block in blocks):
             write_full_size_model(folder / f"{name}-{quantization}.gguf", name, quantization)
-    ran = run_blocks(
-        [asdict(block) for block in blocks],
-        cwd=folder,
-        env=environment() | {"PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}", "LLAMA_MOE_CACHE": str(home / "cache")},
-    )
+    ran = run_blocks([asdict(block) for block in blocks], cwd=folder, env=variables)
     assert ran.returncode == 0, f"{ran.stdout[-2000:]}\n{ran.stderr[-6000:]}"
 
 
