@@ -326,7 +326,7 @@ class ChatStream(ChatReader, Iterator[ChatDelta]):
         """What the answer gained next; waits for it.
 
         Raises:
-            LlamaMoeError: what `TokenStream` raises.
+            The same as `TokenStream` does.
         """
         while not self._ready:
             if self._ended:

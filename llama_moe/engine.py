@@ -272,7 +272,7 @@ class Engine(ChatMethods, ScoringMethods, TracingMethods):
 
         Raises:
             OSError: the file cannot be written.
-            LlamaMoeError: what `embed()` raises.
+            The same as `embed()`.
         """
         _logging.sync_level()
         tokens = self._tokens_of(prompt)

@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 
 import llama_moe
 
-from . import chat, completions, embeddings, health, models, tokens
+from . import chat, completions, embeddings, health, messages, models, responses, tokens
 from .discovery import find_models
 from .errors import add_handlers
 from .pool import ModelPool
@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
     from .settings import ServerSettings
 
-ROUTERS = (chat.router, completions.router, embeddings.router, models.router, tokens.router, health.router)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    responses.router,
+    messages.router,
+    embeddings.router,
+    models.router,
+    tokens.router,
+    health.router,
+)
 
 # What checks the key is the gate; this is how the OpenAPI document knows of it.
 _bearer = HTTPBearer(auto_error=False, description="The server's API key.")

@@ -17,20 +17,12 @@ MAX_TOP_LOGPROBS = 20
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-class SamplingFields(BaseModel):
-    """What completions and chats have in common. A field that is not given has the default of `llama_moe.SamplingParams`."""
+class FurtherSampling(BaseModel):
+    """What llama.cpp's server takes beside an API's own fields; one that is not given has the default of `llama_moe.SamplingParams`."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False, strict=True)
 
-    temperature: float | None = Field(default=None, ge=0, description="Divides the logits; 0: always the most likely token.")
-    top_p: Probability | None = Field(default=None, description="Keep the most likely tokens up to this probability; 1: all.")
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63, description="The same seed and prompt give the same text.")
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = Field(default=None, description="The text ends before any of these.")
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Subtracted from the logit of each recent token.")
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Subtracted once for each time it occurred.")
-    logit_bias: dict[str, float] | None = Field(default=None, description="Added to the logit of each token id.")
-    n: int | None = Field(default=None, ge=1, description="How many completions; 1 if not given.")
-    stream: bool | None = Field(default=None, description="Send the answer as it comes, as server-sent events.")
     top_k: int | None = Field(default=None, ge=0, description="Keep this many of the most likely tokens; 0: all.")
     min_p: Probability | None = Field(default=None, description="Keep tokens with this share of the best one's probability; 0: all.")
     typical_p: Probability | None = Field(default=None, description="Locally typical sampling; 1: off.")
@@ -54,17 +46,30 @@ class SamplingFields(BaseModel):
     json_schema: dict[str, Any] | None = Field(default=None, description="A JSON schema that the text is JSON of.")
 
 
+class SamplingFields(FurtherSampling):
+    """What completions and chats have in common."""
+
+    temperature: float | None = Field(default=None, ge=0, description="Divides the logits; 0: always the most likely token.")
+    top_p: Probability | None = Field(default=None, description="Keep the most likely tokens up to this probability; 1: all.")
+    stop: str | Annotated[list[str], Field(max_length=64)] | None = Field(default=None, description="The text ends before any of these.")
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Subtracted from the logit of each recent token.")
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Subtracted once for each time it occurred.")
+    logit_bias: dict[str, float] | None = Field(default=None, description="Added to the logit of each token id.")
+    n: int | None = Field(default=None, ge=1, description="How many completions; 1 if not given.")
+    stream: bool | None = Field(default=None, description="Send the answer as it comes, as server-sent events.")
+
+
 # Fields that SamplingParams has by another name.
 _RENAMED = {"repeat_last_n": "penalty_window", "dry_penalty_last_n": "dry_penalty_window"}
 _SEEDS = 1 << 32
 _NOT_SAMPLING = {"n", "stream", "logit_bias"}
 
 
-def sampling_params(fields: SamplingFields, settings: ServerSettings, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def sampling_params(fields: FurtherSampling, settings: ServerSettings, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     """The request's sampling.
 
     Args:
-        fields: the request.
+        fields: the request; it may have any of the fields of `SamplingFields`.
         settings: of the server, whose `max_tokens` limits the request's.
         max_tokens: what the request says of it.
         logprobs: how many alternatives to each token it asks for; None: no log-probabilities.
@@ -75,7 +80,7 @@ def sampling_params(fields: SamplingFields, settings: ServerSettings, *, max_tok
     values: dict[str, Any] = {
         _RENAMED.get(name, name): value
         for name in SamplingFields.model_fields
-        if name not in _NOT_SAMPLING and (value := getattr(fields, name)) is not None
+        if name not in _NOT_SAMPLING and (value := getattr(fields, name, None)) is not None
     }
     if "seed" in values:
         values["seed"] %= _SEEDS
@@ -87,7 +92,7 @@ def sampling_params(fields: SamplingFields, settings: ServerSettings, *, max_tok
             **values,
             max_tokens=limit if max_tokens is None else max_tokens,
             logprobs=logprobs,
-            logit_bias={_token_id(key): bias for key, bias in (fields.logit_bias or {}).items()},
+            logit_bias={_token_id(key): bias for key, bias in (getattr(fields, "logit_bias", None) or {}).items()},
         )
     except InvalidOptionError as error:
         raise ApiError(400, str(error)) from None
