@@ -31,7 +31,7 @@ NATIVE_SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc third_party -p
 SETUP := $(BUILD)/setup$(if $(WERROR),-werror-$(WERROR)).stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-python test-cpp test-asan test-tsan test-vulkan lint format typecheck stubs check-stubs bench sdist wheel clean distclean
+.PHONY: help setup demo docs test test-python test-cpp test-asan test-tsan test-vulkan lint format typecheck stubs check-stubs bench sdist wheel clean distclean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -115,6 +115,9 @@ stubs: setup ## write llama_moe/_core.pyi from the built module
 
 check-stubs: setup ## compare llama_moe/_core.pyi with the built module
 	@$(BIN)/python scripts/stubs.py --check
+
+docs: setup ## the documentation as a site, in build/site; any warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The peers: llama.cpp's own programs, from the same objects, and llama-cpp-python, built from the same sources.
 bench: setup ## benchmarks against llama.cpp and llama-cpp-python; BENCH=benchmarks/test_speed.py for one of them, BENCH_ARGS for pytest

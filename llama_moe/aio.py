@@ -71,7 +71,7 @@ class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
         """The next token; waits for it.
 
         Raises:
-            The same as `TokenStream` does.
+            LlamaMoeError: what `TokenStream` raises.
             RuntimeError: another task waits already, or the stream belongs to another event loop.
         """
         ready = self._ready
@@ -142,7 +142,7 @@ class AsyncChatStream(ChatReader, AsyncIterator[ChatDelta]):
         """What the answer gained next; waits for it.
 
         Raises:
-            The same as `AsyncTokenStream` does.
+            LlamaMoeError: what `AsyncTokenStream` raises.
         """
         while not self._ready:
             if self._ended:

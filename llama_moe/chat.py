@@ -326,7 +326,7 @@ class ChatStream(ChatReader, Iterator[ChatDelta]):
         """What the answer gained next; waits for it.
 
         Raises:
-            The same as `TokenStream` does.
+            LlamaMoeError: what `TokenStream` raises.
         """
         while not self._ready:
             if self._ended:

@@ -272,7 +272,7 @@ class Engine(ChatMethods, ScoringMethods, TracingMethods):
 
         Raises:
             OSError: the file cannot be written.
-            The same as `embed()`.
+            LlamaMoeError: what `embed()` raises.
         """
         _logging.sync_level()
         tokens = self._tokens_of(prompt)

@@ -114,7 +114,7 @@ def imatrix(
         QuantizeError: the model computes values that are not finite.
         OSError: `text` cannot be read or `out` cannot be written.
         UnicodeDecodeError: the file of the text is not UTF-8.
-        The same as `Model` for a file.
+        LlamaMoeError: what `Model` raises for a file.
     """
     _logging.sync_level()
     if chunks is not None and chunks < 1:

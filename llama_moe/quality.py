@@ -131,7 +131,7 @@ def compare(
 
     Raises:
         InvalidOptionError: the text or the window is too short, there are no placements, or the other file has another vocabulary.
-        The same as `Model`.
+        LlamaMoeError: what `Model` raises.
     """
     if not placements:
         raise InvalidOptionError("placements is empty; it must have one placement or more")

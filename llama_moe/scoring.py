@@ -157,7 +157,7 @@ class ScoringMethods:
 
         Raises:
             InvalidOptionError: a prompt has one token only.
-            The same as `embed()`.
+            LlamaMoeError: what `embed()` raises.
         """
         each, single = as_prompts(prompts)
         tokens = [self._tokens_of(prompt) for prompt in each]
@@ -180,7 +180,7 @@ class ScoringMethods:
 
         Raises:
             InvalidOptionError: the text has one token only, or `stride` is out of range.
-            The same as `score()`.
+            LlamaMoeError: what `score()` raises.
         """
         window = self._native.context_size
         step = window // 2 if stride is None else stride

@@ -62,7 +62,7 @@ class LlamaMoe:
 
     Raises:
         InvalidOptionError: an argument is not one of its values, or the model has no chat template.
-        The same as `llama_moe.load`.
+        LlamaMoeError: what `llama_moe.load` raises.
     """
 
     def __init__(
