@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from fastapi import FastAPI, Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("llama_moe.server")
 
@@ -146,18 +147,39 @@ def internal_error() -> ApiError:
     return ApiError(500, "the server failed to answer; its log says why", code="internal_error")
 
 
+class BugGuard:
+    """Answers where the application failed with an error that nobody expected, and logs it; an ASGI middleware.
+
+    Starlette's own handler of such errors raises them again, whereupon uvicorn drops a connection that clients want to use again.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            await error_response(scope["path"], as_api_error(error))(scope, receive, send)
+
+
 def add_handlers(app: FastAPI) -> None:
     """Makes every error of the application one of the API's."""
+    app.add_middleware(BugGuard)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(ApiError, _on_error)
     app.add_exception_handler(errors.LlamaMoeError, _on_error)
-    app.add_exception_handler(Exception, _on_bug)
-
-
-async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    del error  # it goes on to the server, which logs it
-    return error_response(request.url.path, internal_error())
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
