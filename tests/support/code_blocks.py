@@ -1,8 +1,9 @@
 """The fenced code blocks of a Markdown page, and a program that runs them as a reader of the page would.
 
-Two comments, on the line before a block, change what is done with it:
+A comment on the line before a block changes what is done with it:
 
-    <!-- not run: REASON -->                     for what needs another machine, a network or root
+    <!-- not run: REASON -->                            for what needs another machine, a network or root
+    <!-- needs MODULE -->                               it is run where that can be imported
     <!-- runs until the end of the page: HOST:PORT -->   for a server: the next block runs when it listens there
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import gc
+import importlib.util
 import json
 import re
 import socket
@@ -31,6 +33,7 @@ __all__ = ["Block", "blocks_of", "with_stand_ins"]
 
 _NOT_RUN = re.compile(r"<!--\s*not run:\s*(.*?)\s*-->\s*", re.DOTALL)
 _BACKGROUND = re.compile(r"<!--\s*runs until the end of the page:\s*(\S+)\s*-->\s*")
+_NEEDS = re.compile(r"<!--\s*needs (\w+)\s*-->\s*")
 _KINDS: Mapping[str, Literal["python", "shell", "console", "text"]] = {
     "python": "python",
     "sh": "shell",
@@ -76,16 +79,23 @@ def _blocks(tokens: Sequence[Token], page: str) -> Iterator[Block]:
             language = token.info.split()[0] if token.info.strip() else ""
             if language not in _KINDS:
                 raise ValueError(f"{page}:{line}: a block of {language!r}; known are {', '.join(_KINDS)}")
-            not_run, background = _NOT_RUN.fullmatch(comment), _BACKGROUND.fullmatch(comment)
+            background = _BACKGROUND.fullmatch(comment)
             yield Block(
                 page=page,
                 line=line,
                 kind=_KINDS[language],
                 code=token.content,
-                not_run=not_run.group(1) if not_run else "",
+                not_run=_reason(comment),
                 endpoint=background.group(1) if background else "",
             )
         comment = ""
+
+
+def _reason(comment: str) -> str:
+    if marked := _NOT_RUN.fullmatch(comment):
+        return marked.group(1)
+    needs = _NEEDS.fullmatch(comment)
+    return f"{needs.group(1)} is not installed" if needs and importlib.util.find_spec(needs.group(1)) is None else ""
 
 
 def with_stand_ins(block: Block, stand_ins: Mapping[str, str]) -> Block:
