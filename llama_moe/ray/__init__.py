@@ -1,4 +1,4 @@
-"""Many machines with Ray: batch inference with Ray Data, and the server with Ray Serve (extra `ray`).
+"""Many processes and machines with Ray: batch inference with Ray Data, the server with Ray Serve (extra `ray`).
 
 Example:
     answers = dataset.map_batches(
@@ -12,5 +12,6 @@ Example:
 from __future__ import annotations
 
 from .data import LlamaMoe
+from .serve import build_app, deployment
 
-__all__ = ["LlamaMoe"]
+__all__ = ["LlamaMoe", "build_app", "deployment"]

@@ -98,7 +98,9 @@ class LlamaMoe:
         self._sampling = as_sampling(sampling)
 
         require("ray.data", "llama_moe.ray.LlamaMoe")
-        options = {"max_sequences": 8, "threads": threads_of_actor(), **(load_options or {})}
+        options: dict[str, Any] = {"max_sequences": 8, **(load_options or {})}
+        if options.get("profile") is None:  # which has its own threads
+            options.setdefault("threads", threads_of_actor())
         self._engine = load(model, **options)
         try:
             if self._chat:

@@ -20,7 +20,7 @@ from tests.support.conversations import ADD, BEGUN_CALL
 from tests.support.processes import run_python
 from tests.support.waiting import eventually
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
 
 FORMATS = ("pyarrow", "pandas", "numpy")
 # Sums in F32 throughout: the text is the same whatever is computed beside it.

@@ -16,8 +16,8 @@ from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.usefixtures("ray_machine"),
-    # Ray Data's context warns of names of its own.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+    # Ray warns of names of its own.
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),
 ]
 
 ROWS = 32
