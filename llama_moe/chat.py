@@ -142,26 +142,47 @@ class ChatCompletion:
 class ChatParser:
     """Reads one answer as it comes. Output that is not of the template's format is text."""
 
-    def __init__(self, native: _core.ChatParser) -> None:
+    def __init__(self, native: _core.ChatParser, *, one_call: bool = False) -> None:
         self._native = native
+        self._one_call = one_call
+        self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is over: it may have one tool call, has it, and began another one. What is pushed then is ignored."""
+        return self._ended
 
     def push(self, text: str) -> list[ChatDelta]:
         """Takes the text of the next token and returns what became certain by it."""
-        return _deltas(self._native.push(text))
+        return self._allowed(_deltas(self._native.push(text)))
 
     def finish(self) -> list[ChatDelta]:
         """Takes the end of the answer and returns what was held back until then."""
-        return _deltas(self._native.finish())
+        return self._allowed(_deltas(self._native.finish()))
+
+    def _allowed(self, deltas: list[ChatDelta]) -> list[ChatDelta]:
+        """Those before a tool call too many, which llama.cpp's grammar does not prevent in formats that mark each call."""
+        if not self._one_call:
+            return deltas
+        allowed = []
+        for delta in deltas:
+            self._ended = self._ended or any(call.index > 0 for call in delta.tool_calls)
+            if self._ended:
+                break
+            allowed.append(delta)
+        return allowed
 
     def complete(self, completion: Completion) -> ChatCompletion:
         """The answer, when `finish()` was called; `completion` is the generation that the text came from."""
         message = self._native.message
         calls = tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls)
+        if self._ended:
+            calls = calls[:1]
         return ChatCompletion(
             text=message.content,
             tool_calls=calls,
             reasoning=message.reasoning,
-            finish_reason="tool_calls" if calls and completion.finish_reason == "stop" else completion.finish_reason,
+            finish_reason="tool_calls" if calls and (self._ended or completion.finish_reason == "stop") else completion.finish_reason,
             tokens=completion.tokens,
             prompt_tokens=completion.prompt_tokens,
             cached_tokens=completion.cached_tokens,
@@ -173,9 +194,10 @@ class ChatParser:
 class ChatPrompt:
     """A conversation as a prompt, with what its template says of the answer."""
 
-    def __init__(self, native: _core.ChatPrompt, params: SamplingParams) -> None:
+    def __init__(self, native: _core.ChatPrompt, params: SamplingParams, *, one_call: bool = False) -> None:
         self._native = native
         self._params = params
+        self._one_call = one_call
 
     @property
     def text(self) -> str:
@@ -191,7 +213,7 @@ class ChatPrompt:
 
     def parser(self) -> ChatParser:
         """A parser for one answer."""
-        return ChatParser(_core.ChatParser(self._native))
+        return ChatParser(_core.ChatParser(self._native), one_call=self._one_call)
 
 
 class ChatTemplate:
@@ -251,7 +273,7 @@ class ChatTemplate:
         if params.grammar is not None and offered and tool_choice != "none":
             raise InvalidOptionError("params.grammar cannot be combined with tools, whose calls have a grammar of their own")
         request["json_schema"] = _answer_schema(response_format, params) or ""
-        return ChatPrompt(self._native.apply(fill(_core.ChatRequest(), request)), params)
+        return ChatPrompt(self._native.apply(fill(_core.ChatRequest(), request)), params, one_call=not parallel_tool_calls)
 
 
 class ChatReader:
@@ -295,6 +317,8 @@ class ChatReader:
 
     def _push(self, token: Token) -> None:
         self._ready.extend(self._parser.push(token.text))
+        if self._parser.ended:
+            self._tokens.cancel()
 
     def _finish(self, completion: Completion) -> None:
         self._ready.extend(self._parser.finish())

@@ -50,7 +50,7 @@ class ChatMethods:
             tools: functions that the model may ask to call, of the OpenAI API's shape.
             tool_choice: "auto": as the model likes; "none": not; "required": at least one, behind text if it likes;
                 {"function": {"name": ...}}: that one.
-            parallel_tool_calls: whether it may ask for several at once, in formats where that can be told apart.
+            parallel_tool_calls: whether it may ask for several at once; if not, the answer ends where a second call begins.
             response_format: {"type": "text"}; {"type": "json_object"}: the answer is a JSON object, or JSON of a "schema" beside the type;
                 {"type": "json_schema", "json_schema": {"schema": ...}}: it is JSON of that schema.
             enable_thinking: for templates that ask: whether the model thinks first.

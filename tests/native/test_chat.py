@@ -429,6 +429,34 @@ def test_a_tool_call_that_has_begun_is_finished_well(engine: Engine) -> None:
     assert finished > 0
 
 
+def test_an_answer_ends_before_a_second_tool_call_unless_several_are_allowed(engine: Engine) -> None:
+    finished = []
+    most = 0
+    for seed in range(6):
+        for several in (False, True):
+            stream = engine.stream_chat(
+                BEGUN_CALL,
+                SamplingParams(seed=seed, max_tokens=300),
+                tools=[ADD],
+                tool_choice="required",
+                parallel_tool_calls=several,
+                continue_final_message=True,
+                template=templates.HERMES,
+            )
+            _, _, calls = joined(list(stream))
+            answer = stream.completion
+            assert calls == [(call.id, call.name, call.arguments) for call in answer.tool_calls]
+            if several:
+                most = max(most, len(calls))
+            elif answer.finish_reason == "tool_calls":
+                finished.append(answer)
+    assert finished
+    for answer in finished:
+        (call,) = answer.tool_calls
+        json.loads(call.arguments)
+    assert most > 1
+
+
 def test_chat_errors_are_those_of_generate(engine: Engine) -> None:
     with pytest.raises(ContextFullError):
         engine.chat([{"role": "user", "content": "word " * 3000}])
