@@ -586,6 +586,9 @@ def serve(
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, metavar="N", help="Requests that may wait.")] = 1024,
     timeout: Annotated[float | None, typer.Option("--timeout", min=0.0, metavar="S", help="Of one request, its wait included.")] = None,
     grace: Annotated[float, typer.Option("--grace", min=0.0, metavar="S", help="What running requests have to end, when stopped.")] = 10.0,
+    trace_routing: Annotated[
+        bool, typer.Option("--trace-routing", help="Count which experts are chosen, for /metrics and /v1/routing; costs speed.")
+    ] = False,
     threads: ThreadsOption = None,
     threads_batch: BatchThreadsOption = None,
     kv_type: Annotated[str, typer.Option("--kv-type", metavar="TYPE", help="Number format of the KV cache, such as q8_0.")] = "f16",
@@ -632,6 +635,7 @@ def serve(
             max_queue=max_queue,
             timeout=timeout,
             grace_seconds=grace,
+            trace_routing=trace_routing,
             threads=threads,
             threads_batch=threads_batch,
             kv_type=kv_type,

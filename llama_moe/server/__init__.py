@@ -55,8 +55,9 @@ def serve(settings: ServerSettings, *, on_ready: Callable[[str], object] | None 
 def _check_extra() -> None:
     try:
         import fastapi
+        import prometheus_client
         import sse_starlette
         import uvicorn
     except ImportError as error:
         raise ImportError(f'the server needs {error.name}, which is not installed: pip install "llama-moe[server]"') from error
-    del fastapi, sse_starlette, uvicorn
+    del fastapi, prometheus_client, sse_starlette, uvicorn

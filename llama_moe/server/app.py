@@ -10,12 +10,15 @@ from fastapi.security import HTTPBearer
 
 import llama_moe
 
-from . import chat, completions, embeddings, health, messages, models, responses, tokens
+from . import chat, completions, embeddings, health, messages, metrics, models, placement, responses, routing, tokens, web_page
 from .discovery import find_models
 from .errors import add_handlers
+from .figures import ServerMetrics
 from .pool import ModelPool
+from .request_meter import RequestMeter
 from .security import Gate
 from .state import ServerState
+from .traces import RoutingTraces
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -30,7 +33,11 @@ ROUTERS = (
     embeddings.router,
     models.router,
     tokens.router,
+    placement.router,
+    routing.router,
+    metrics.router,
     health.router,
+    web_page.router,
 )
 
 # What checks the key is the gate; this is how the OpenAPI document knows of it.
@@ -40,7 +47,9 @@ _bearer = HTTPBearer(auto_error=False, description="The server's API key.")
 def create_app(settings: ServerSettings) -> FastAPI:
     """The application; see `llama_moe.server.create_app`."""
     find_models(settings)  # what is not there is said now
-    state = ServerState(settings, ModelPool(settings))
+    traces = RoutingTraces(always=settings.trace_routing)
+    figures = ServerMetrics(traces)
+    state = ServerState(settings, ModelPool(settings, [traces, figures]), traces, figures, observers=[figures.on_completion])
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,6 +72,7 @@ def create_app(settings: ServerSettings) -> FastAPI:
     app.state.server = state
     add_handlers(app)
     app.add_middleware(Gate, state=state)
+    app.add_middleware(RequestMeter, metrics=figures)  # around the gate: what that refuses is counted too
     for router in ROUTERS:
         app.include_router(router)
     return app

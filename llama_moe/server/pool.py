@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import llama_moe
 from llama_moe import errors
@@ -16,9 +16,10 @@ from llama_moe._sizes import format_size
 from .discovery import ModelFile, find_models
 from .errors import ApiError, shutting_down
 from .loading import MemoryBudget, load_engine
+from .request_meter import note_model
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from llama_moe import Engine, MemoryReport, Model
 
@@ -68,15 +69,27 @@ class _Place:
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class PoolListener(Protocol):
+    """Who wants to know which models come and go; it is told on the event loop."""
+
+    def on_load(self, served: ServedModel) -> None:
+        """A model was loaded."""
+
+    def on_unload(self, served: ServedModel) -> None:
+        """A model was closed."""
+
+
 class ModelPool:
     """Gives requests the models that they name. All of it runs on one event loop; what takes long, on threads.
 
     Args:
         settings: which models there are, how they are loaded, and how much memory they may take.
+        listeners: told of each model that is loaded or closed.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, listeners: Sequence[PoolListener] = ()) -> None:
         self._settings = settings
+        self._listeners = listeners
         self._files: dict[str, ModelFile] = {}
         self._places: dict[str, _Place] = {}
         self._budget = MemoryBudget(settings)
@@ -131,6 +144,7 @@ class ModelPool:
             ApiError: there is no such model (404), it cannot be loaded, or the server shuts down.
         """
         file = await self._find(name)
+        note_model(file.name)
         try:
             place = await self._take(file)
         except (errors.LlamaMoeError, OSError) as error:
@@ -221,6 +235,8 @@ class ModelPool:
             self._forget(place)
             raise
         place.served = ServedModel(name, place.file, engine, engine.memory())
+        for listener in self._listeners:
+            listener.on_load(place.served)
         logger.info("loaded %r in %.1f s: %s", name, time.monotonic() - begin, format_size(place.served.memory.total_bytes))
         self._changed.set()
         return place.served
@@ -253,6 +269,8 @@ class ModelPool:
     async def _close_engine(self, place: _Place) -> None:
         if place.served is not None:
             await asyncio.to_thread(place.served.engine.close)
+            for listener in self._listeners:
+                listener.on_unload(place.served)
 
     def _forget(self, place: _Place) -> None:
         if self._places.get(place.file.name) is place:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
+from . import web_page
 from .errors import ApiError, error_response, shutting_down
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from .state import ServerState
 
-OPEN_PATHS = {"/health"}
+OPEN_PATHS = {"/health", *web_page.PATHS}
 """What may be asked for without the key: nothing in there tells of models or requests."""
 
 

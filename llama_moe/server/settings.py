@@ -57,6 +57,7 @@ class ServerSettings:
         max_choices: most completions that one request may ask for, all its prompts together.
         timeout: seconds for one request, the wait for its turn included; None: no limit.
         grace_seconds: what requests that run get to end when the server is stopped.
+        trace_routing: count which experts each model chooses, from its load on, which costs speed.
 
     Raises:
         InvalidOptionError: a value is outside its range, there are no models, or an address that is no loopback address has no key.
@@ -88,6 +89,7 @@ class ServerSettings:
     max_choices: int = 16
     timeout: float | None = None
     grace_seconds: float = 10.0
+    trace_routing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("models", "model_dirs", "rpc"):

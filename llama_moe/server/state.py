@@ -10,8 +10,10 @@ from fastapi import Depends, Request
 
 from llama_moe import ChatCompletion, Completion
 
+from .figures import ServerMetrics
 from .pool import ModelPool, ServedModel
 from .settings import ServerSettings
+from .traces import RoutingTraces
 
 Observer: TypeAlias = Callable[[ServedModel, Completion | ChatCompletion], object]
 
@@ -23,12 +25,16 @@ class ServerState:
     Attributes:
         settings: what is served, and how.
         pool: the models.
+        traces: which experts they choose.
+        metrics: what was counted.
         stopping: whether the server shuts down: new requests are refused.
         observers: called with each completion that a client was given, and its model.
     """
 
     settings: ServerSettings
     pool: ModelPool
+    traces: RoutingTraces
+    metrics: ServerMetrics
     stopping: bool = False
     observers: list[Observer] = field(default_factory=list)
 

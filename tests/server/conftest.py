@@ -11,7 +11,7 @@ import pytest
 from llama_moe import Engine, Model
 from tests.support import chat_templates as templates
 from tests.support.servers import ServerProcess
-from tests.support.tiny_models import MODELS, write_tiny_model
+from tests.support.tiny_models import DENSE, MODELS, write_tiny_model
 
 PARALLEL = 4
 CONTEXT_SIZE = 1024
@@ -29,6 +29,12 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_model(folder / "tools.gguf", replace(MODELS["qwen3moe"], chat_template=templates.HERMES))
     write_tiny_model(folder / "thinks.gguf", replace(MODELS["qwen3moe"], chat_template=templates.DEEPSEEK_R1))
     return folder
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model without experts, with a ChatML template, in a folder of its own."""
+    return write_tiny_model(tmp_path_factory.mktemp("dense") / "dense.gguf", replace(MODELS[DENSE], chat_template=templates.CHATML))
 
 
 @pytest.fixture(scope="session")
