@@ -84,7 +84,8 @@ def _usable(folder: Path, path: Path, roots: Iterable[Path]) -> ModelFile | None
         if not all(_is_inside(part.resolve(strict=True), roots) and _is_gguf(part) for part in parts):
             return None
         return _model_file(_stem(path.relative_to(folder)), path, parts)
-    except OSError:  # a dangling link, no permission, a part that is missing, or gone meanwhile
+    # A dangling link, no permission, a part that is missing, or gone meanwhile; a RuntimeError is a circle of links before Python 3.13.
+    except (OSError, RuntimeError):
         return None
 
 

@@ -150,6 +150,7 @@ class ModelPool:
         except (errors.LlamaMoeError, OSError) as error:
             if self._closing:
                 raise shutting_down() from None
+            logger.error("%r cannot be loaded: %s", file.name, error)
             raise _load_error(file, error) from error
         try:
             assert place.served is not None  # noqa: S101 - that is what was waited for
@@ -181,7 +182,7 @@ class ModelPool:
         if name not in self._files:
             await self.files()
         if name not in self._files:
-            raise ApiError(404, f"the model {name!r} does not exist; {_names(self._files)}", param="model", code="model_not_found")
+            raise _not_found(name, self._files)
         return self._files[name]
 
     async def _take(self, file: ModelFile) -> _Place:
@@ -226,13 +227,18 @@ class ModelPool:
 
         try:
             async with self._one_load:
-                # Links may lead elsewhere by now.
-                place.file = (await self.files()).get(name) or place.file
+                # A link may lead elsewhere by now, or the file be gone.
+                files = await self.files()
+                if name not in files:
+                    raise _not_found(name, files)
+                place.file = files[name]
                 await self._make_room(place.file)
                 begin = time.monotonic()
                 engine = await asyncio.to_thread(load_engine, self._settings, place.file.path, on_progress)
-        except BaseException:
+        except BaseException as error:
             self._forget(place)
+            if not place.users:  # nobody else tells of it
+                logger.warning("%r was not loaded: %s", name, error)
             raise
         place.served = ServedModel(name, place.file, engine, engine.memory())
         for listener in self._listeners:
@@ -292,9 +298,13 @@ class ModelPool:
 
 
 def _look_at_outcome(load: asyncio.Task[ServedModel]) -> None:
-    """A load that failed when nobody waited for it any more is told of nowhere else."""
-    if not load.cancelled() and load.exception() is not None:
-        logger.warning("a model was not loaded: %s", load.exception())
+    """Keeps asyncio from telling of a load that failed when nobody waited for it any more: that was done."""
+    if not load.cancelled():
+        load.exception()
+
+
+def _not_found(name: str, files: dict[str, ModelFile]) -> ApiError:
+    return ApiError(404, f"the model {name!r} does not exist; {_names(files)}", param="model", code="model_not_found")
 
 
 def _load_error(file: ModelFile, error: Exception) -> ApiError:

@@ -61,6 +61,7 @@ class ServerSettings:
 
     Raises:
         InvalidOptionError: a value is outside its range, there are no models, or an address that is no loopback address has no key.
+        PlacementError: `experts` is the name of no placement.
     """
 
     models: Sequence[StrPath] = ()
