@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shlex
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
 
 from llama_moe.worker import Worker
-from tests.support.chat_templates import HERMES
 from tests.support.code_blocks import Block, blocks_of, with_stand_ins
 from tests.support.fake_hub import FakeHub
 from tests.support.full_size_models import write_full_size_model
-from tests.support.processes import COMMAND, REPOSITORY, environment
-from tests.support.tiny_models import MODELS, write_tiny_model
+from tests.support.processes import REPOSITORY, environment, run_on_one_core
 
 pytestmark = pytest.mark.skipif(not (REPOSITORY / "docs").is_dir(), reason="the pages are not here: an installed package is tested")
 
@@ -42,27 +37,6 @@ _SECOND_MACHINE = "192.168.0.13:50052"
 # Headers of real models: for what reads no weights.
 _FULL_SIZE = (("DeepSeek-MoE-16B", "F16"), ("Qwen3-30B-A3B", "Q4_K_M"))
 _TEXT = "The museum of railways has steam engines from all over the world. Most of them still run on Sundays. " * 40
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all pages share: a command `llama-moe`, and a cache that has nothing of this machine's user."""
-    home = tmp_path_factory.mktemp("home")
-    (home / "bin").mkdir()
-    command = home / "bin" / "llama-moe"
-    command.write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n', encoding="utf-8")
-    command.chmod(0o755)
-    return home
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The files that pages name. Tiny ones: what they write means nothing, and takes no time."""
-    folder = tmp_path_factory.mktemp("models")
-    shape = replace(MODELS["qwen3moe"], context_length=4096, chat_template=HERMES)
-    model = write_tiny_model(folder / "model.gguf", replace(shape, layers=24))
-    small = write_tiny_model(folder / "small.gguf", replace(shape, layers=2))
-    return {"model.gguf": model, "small.gguf": small, "model-F16.gguf": model, "model-Q8_0.gguf": model, "model-Q4_K_M.gguf": model}
 
 
 @pytest.fixture
@@ -87,18 +61,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> It
 
 
 @pytest.fixture
-def variables(home: Path, hub: FakeHub) -> dict[str, str]:
-    """The environment of a page's blocks."""
-    return environment() | {
-        "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "LLAMA_MOE_CACHE": str(home / "cache"),
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_TOKEN_PATH": str(home / "no-token"),
-    }
-
-
-@pytest.fixture
 def stand_ins(page: str) -> Iterator[dict[str, str]]:
     """What takes the place of addresses that pages name: free ports, and a worker for the second of two machines."""
     stand_ins = {address: f"127.0.0.1:{free_port()}" for address in _ADDRESSES}
@@ -114,29 +76,18 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("page", [page for page, blocks in _RUN.items() if blocks])
-def test_code_blocks_run(page: str, folder: Path, variables: dict[str, str], stand_ins: dict[str, str]) -> None:
+def test_code_blocks_run(page: str, folder: Path, hub: FakeHub, variables: dict[str, str], stand_ins: dict[str, str]) -> None:
     blocks = [with_stand_ins(block, stand_ins) for block in _RUN[page]]
     for name, quantization in _FULL_SIZE:
         if any(f"{name}-{quantization}.gguf" in block.code for block in blocks):
             write_full_size_model(folder / f"{name}-{quantization}.gguf", name, quantization)
-    ran = run_blocks([asdict(block) for block in blocks], cwd=folder, env=variables)
+    ran = run_blocks(blocks, cwd=folder, env=variables | {"HF_ENDPOINT": hub.url})
     assert ran.returncode == 0, f"{ran.stdout[-2000:]}\n{ran.stderr[-6000:]}"
 
 
-def run_blocks(blocks: list[dict[str, Any]], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs blocks in a process of their own, on one core: threads that wait for each other are slow on a busy machine."""
+def run_blocks(blocks: list[Block], *, cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "tests.support.code_blocks"]
-    core = {min(os.sched_getaffinity(0))}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
-    ) as process:
-        os.sched_setaffinity(process.pid, core)
-        try:
-            stdout, stderr = process.communicate(json.dumps(blocks), timeout=120)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with all that a block started
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+    return run_on_one_core(command, stdin=json.dumps([asdict(block) for block in blocks]), cwd=cwd, env=env)
 
 
 @pytest.mark.parametrize("block", _NOT_RUN, ids=str)
@@ -179,8 +130,7 @@ def test_blocks_are_collected_with_their_place_and_marks(tmp_path: Path) -> None
         ("console", "$ false\n", False),
     ],
 )
-def test_a_block_that_fails_is_noticed(kind: str, code: str, passes: bool) -> None:
-    block = {"page": "page.md", "line": 7, "kind": kind, "code": code}
-    ran = run_blocks([block], env=environment())
+def test_a_block_that_fails_is_noticed(kind: Literal["python", "shell", "console"], code: str, passes: bool, tmp_path: Path) -> None:
+    ran = run_blocks([Block(page="page.md", line=7, kind=kind, code=code)], cwd=tmp_path, env=environment())
     assert (ran.returncode == 0) == passes, ran.stderr
     assert ("This block failed: page.md:7" in ran.stderr) != passes

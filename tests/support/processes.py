@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 from typing_extensions import Self
 
-__all__ = ["COMMAND", "REPOSITORY", "Program", "cli", "python", "run_python"]
+__all__ = ["COMMAND", "REPOSITORY", "Program", "cli", "environment", "python", "run_on_one_core", "run_python"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -45,6 +46,24 @@ def cli(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=240, check=False, env=environment()
     )
+
+
+def run_on_one_core(
+    command: Sequence[str], *, stdin: str = "", cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end on one core, and ends whatever it left running.
+
+    Engines then have one thread: several that wait for each other are slow where other programs take the cores.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env, start_new_session=True) as process:
+        os.sched_setaffinity(process.pid, {min(os.sched_getaffinity(0))})
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 class Program:
