@@ -3,7 +3,7 @@
 A comment on the line before a block changes what is done with it:
 
     <!-- not run: REASON -->                            for what needs another machine, a network or root
-    <!-- needs MODULE -->                               it is run where that can be imported
+    <!-- needs NAME -->                                 it is run where there is a module or a program of that name
     <!-- runs until the end of the page: HOST:PORT -->   for a server: the next block runs when it listens there
 """
 
@@ -15,6 +15,7 @@ import gc
 import importlib.util
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -95,7 +96,8 @@ def _reason(comment: str) -> str:
     if marked := _NOT_RUN.fullmatch(comment):
         return marked.group(1)
     needs = _NEEDS.fullmatch(comment)
-    return f"{needs.group(1)} is not installed" if needs and importlib.util.find_spec(needs.group(1)) is None else ""
+    there = needs is None or importlib.util.find_spec(needs.group(1)) is not None or shutil.which(needs.group(1)) is not None
+    return "" if needs is None or there else f"{needs.group(1)} is not installed"
 
 
 def with_stand_ins(block: Block, stand_ins: Mapping[str, str]) -> Block:
