@@ -1,12 +1,23 @@
+#include <cstring>
+
 #include "bindings.h"
 #include "llama_moe/error.h"
 
 namespace llama_moe::bindings {
 namespace {
 
+// A message may quote text that was cut within a character.
+py::object text_of(const char* message) {
+    PyObject* text = PyUnicode_DecodeUTF8(message, static_cast<Py_ssize_t>(std::strlen(message)), "replace");
+    if (text == nullptr) {
+        throw py::error_already_set();
+    }
+    return py::reinterpret_steal<py::object>(text);
+}
+
 void raise(const char* module, const char* name, const char* message) {
     const py::object type = py::module_::import(module).attr(name);
-    PyErr_SetString(type.ptr(), message);
+    PyErr_SetObject(type.ptr(), text_of(message).ptr());
 }
 
 // With the numbers as attributes.
@@ -16,7 +27,7 @@ void raise(const DoesNotFitError& error) {
     for (const auto& shortfall : error.shortfalls) {
         missing[py::str(shortfall.device)] = shortfall.missing();
     }
-    const py::object raised = type(error.what(), py::arg("shortfall") = missing, py::arg("changes") = py::cast(error.changes));
+    const py::object raised = type(text_of(error.what()), py::arg("shortfall") = missing, py::arg("changes") = py::cast(error.changes));
     PyErr_SetObject(type.ptr(), raised.ptr());
 }
 
@@ -53,7 +64,7 @@ void bind_errors(py::module_& /*m*/) {
         } catch (const QuantizeError& e) {
             raise(kErrors, "QuantizeError", e.what());
         } catch (const FileError& e) {
-            PyErr_SetObject(PyExc_OSError, py::make_tuple(e.code(), e.what()).ptr());
+            PyErr_SetObject(PyExc_OSError, py::make_tuple(e.code(), text_of(e.what())).ptr());
         } catch (const Error& e) {
             raise(kErrors, "LlamaMoeError", e.what());
         }

@@ -172,6 +172,13 @@ def test_a_bad_grammar_is_refused_with_the_reason(engine: Engine, grammar: str, 
     assert engine.generate("x", SamplingParams(grammar='root ::= "fine"')).text == "fine"
 
 
+def test_a_reason_that_quotes_a_part_of_a_character_can_be_read(engine: Engine) -> None:
+    """llama.cpp and we cut long quotations by bytes."""
+    for length in range(60, 64):
+        with pytest.raises(InvalidOptionError, match="grammar: parse: error"):
+            engine.generate("x", SamplingParams(grammar="root ::= " + "a" * length + "€" * 100))
+
+
 def test_nothing_is_printed_about_bad_grammars(tiny_model: Callable[[str], Path]) -> None:
     script = f"""
 import contextlib
