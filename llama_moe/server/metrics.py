@@ -17,7 +17,7 @@ _FORMATS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/metrics", response_class=Response, responses=_FORMATS)
+@router.get("/metrics", status_code=200, response_class=Response, responses=_FORMATS)
 async def metrics(request: Request, state: State) -> Response:
     """Gives the server's figures to Prometheus."""
     text, content_type = await state.metrics.exposition(request.headers.get("accept", ""))

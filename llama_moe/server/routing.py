@@ -63,7 +63,12 @@ async def routing(state: State, model: _Model = None) -> RoutingReport:
     return await asyncio.to_thread(_report, state, model)
 
 
-@router.get("/v1/routing/stream", response_class=StreamResponse)
+@router.get(
+    "/v1/routing/stream",
+    status_code=200,
+    response_class=StreamResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "Events with a `RoutingReport` each."}},
+)
 async def routing_stream(
     request: Request,
     state: State,
