@@ -30,7 +30,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def demo(demo_path: Path) -> Iterator[ServerProcess]:
     """The demo model, which takes some seconds for a long answer."""
-    with ServerProcess("--model", demo_path, "--cpu-moe", "--ctx", 1024, "--parallel", 2) as server:
+    with ServerProcess("--model", demo_path, "--cpu-moe", "--ctx", 1024, "--parallel", 2, "--threads", 1) as server:
         yield server
 
 
@@ -250,7 +250,7 @@ def test_the_heatmap_counts_while_it_is_open(open_page: Open, server: ServerProc
     expect(page.locator("#routing-tokens")).to_have_text(re.compile("^[1-9][0-9]* tokens"))
     expect(answer(page).locator(".outcome")).to_be_visible()
     report = routing()
-    heatmap = page.get_by_role("img", name=f"Heatmap of {len(report['layers'])} layers by 4 experts")
+    heatmap = page.get_by_role("application", name=f"{len(report['layers'])} layers by 4 experts")
     drawn = heatmap.evaluate("canvas => canvas.toDataURL()")
 
     # What the picture shows, in words.
@@ -274,7 +274,7 @@ def test_the_heatmap_counts_while_it_is_open(open_page: Open, server: ServerProc
 
 
 def test_a_model_without_experts_has_no_heatmap(open_page: Open, dense: Path) -> None:
-    with ServerProcess("--model", dense, "--ctx", 256) as server:
+    with ServerProcess("--model", dense, "--ctx", 256, "--threads", 1) as server:
         page = open_page(server)
         page.get_by_text("Count which experts are chosen").click()
         expect(page.locator("#routing-note")).to_have_text("This model has no experts.")
@@ -282,7 +282,7 @@ def test_a_model_without_experts_has_no_heatmap(open_page: Open, dense: Path) ->
 
 
 def test_a_key_is_asked_for_and_used(browser: Browser, models_dir: Path) -> None:
-    with ServerProcess("--model", models_dir / "chat.gguf", "--ctx", 256, "--api-key", "secret") as server:
+    with ServerProcess("--model", models_dir / "chat.gguf", "--ctx", 256, "--threads", 1, "--api-key", "secret") as server:
         page = browser.new_context().new_page()
         page.goto(server.url)
         field = page.get_by_label("This server needs an API key")
@@ -301,7 +301,7 @@ def test_a_key_is_asked_for_and_used(browser: Browser, models_dir: Path) -> None
 
 
 def test_a_server_that_is_gone_is_told_of(browser: Browser, models_dir: Path) -> None:
-    with ServerProcess("--model", models_dir / "chat.gguf", "--ctx", 256) as server:
+    with ServerProcess("--model", models_dir / "chat.gguf", "--ctx", 256, "--threads", 1) as server:
         page = browser.new_context().new_page()
         page.goto(server.url)
         expect(page.locator("#memory table")).to_be_visible()

@@ -65,6 +65,7 @@ async function refresh() {
     await showModels();
     await showState();
     keyForm.hidden = true;
+    if (!choice.options.length) wrong = "The server has no models";
   } catch (error) {
     const answered = error instanceof ApiError;
     wrong = answered ? error.message : "The server cannot be reached";

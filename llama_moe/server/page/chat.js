@@ -64,7 +64,7 @@ export class Chat {
     const user = { role: "user", content: text };
     this.#show(user, true);
     this.#prompt.value = "";
-    const answer = { role: "assistant", content: "", reasoning: "" };
+    const answer = { role: "assistant", model: this.#model(), content: "", reasoning: "" };
     const view = this.#show(answer, true);
     const failure = await this.#answer([...this.#messages, user], answer, view);
     if (answer.content || !failure) {
@@ -84,6 +84,7 @@ export class Chat {
     const timing = { first: 0, last: 0 };
     let finish = null;
     let usage = null;
+    let follow = true; // unless somebody scrolled up to read
     try {
       for await (const data of events("v1/chat/completions", { body: this.#request(messages), signal: running.signal })) {
         if (data === "[DONE]") break;
@@ -100,7 +101,7 @@ export class Chat {
         timing.first ||= timing.last;
         answer.reasoning += thought;
         answer.content += text;
-        const follow = this.#atEnd();
+        follow = this.#atEnd();
         view.append(text, thought);
         if (follow) this.#scrollToEnd();
       }
@@ -119,7 +120,7 @@ export class Chat {
     } finally {
       this.#running = null;
       this.#setBusy(false);
-      this.#scrollToEnd();
+      if (follow) this.#scrollToEnd();
     }
   }
 
@@ -151,7 +152,7 @@ export class Chat {
 
   #show(message, running = false) {
     this.#empty.hidden = true;
-    const view = new MessageView(message.role, running && message.role === "assistant");
+    const view = new MessageView(message, running && message.role === "assistant");
     this.#log.append(view.element);
     if (message.content || message.reasoning) view.append(message.content, message.reasoning ?? "");
     if (!running || message.role === "user") view.finish("");
@@ -213,12 +214,12 @@ class MessageView {
   #text;
   #thinking = null;
 
-  constructor(role, busy) {
+  constructor({ role, model }, busy) {
     this.element = document.createElement("article");
     this.element.className = `message ${role}`;
     this.element.setAttribute("aria-busy", String(busy));
     const name = document.createElement("h3");
-    name.textContent = role === "user" ? "You" : "Model";
+    name.textContent = role === "user" ? "You" : model;
     this.#body = document.createElement("div");
     this.#body.className = "body";
     this.element.append(name, this.#body);

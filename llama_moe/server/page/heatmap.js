@@ -47,7 +47,7 @@ export class Heatmap {
     });
     this.#most = Math.max(2, this.most.load);
     if (this.#cell && (this.#cell[0] >= layers.length || this.#cell[1] >= layers[0].counts.length)) this.#cell = null;
-    this.#canvas.setAttribute("aria-label", `Heatmap of ${layers.length} layers by ${layers[0]?.counts.length ?? 0} experts`);
+    this.#canvas.setAttribute("aria-label", `${layers.length} layers by ${layers[0]?.counts.length ?? 0} experts`);
     this.#draw();
     this.#tell();
   }
