@@ -153,7 +153,8 @@ class ModelPool:
             logger.error("%r cannot be loaded: %s", file.name, error)
             raise _load_error(file, error) from error
         try:
-            assert place.served is not None  # noqa: S101 - that is what was waited for
+            if place.served is None:  # closed as soon as it was loaded
+                raise shutting_down()
             yield place.served
         finally:
             self._release(place)
@@ -273,10 +274,13 @@ class ModelPool:
         logger.info("unloaded %r", place.file.name)
 
     async def _close_engine(self, place: _Place) -> None:
-        if place.served is not None:
-            await asyncio.to_thread(place.served.engine.close)
+        if place.served is None:
+            return
+        await asyncio.to_thread(place.served.engine.close)
+        served, place.served = place.served, None
+        if served is not None:  # nobody else closed it meanwhile
             for listener in self._listeners:
-                listener.on_unload(place.served)
+                listener.on_unload(served)
 
     def _forget(self, place: _Place) -> None:
         if self._places.get(place.file.name) is place:

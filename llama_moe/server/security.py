@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from .state import ServerState
+
+# A body that takes longer holds a connection for nothing.
+_BODY_SECONDS = 60.0
 
 OPEN_PATHS = {"/health", *web_page.PATHS}
 """What may be asked for without the key: nothing in there tells of models or requests."""
@@ -107,7 +111,11 @@ class Gate:
         body = bytearray()
         more = True
         while more:
-            message = await receive()
+            try:
+                message = await asyncio.wait_for(receive(), _BODY_SECONDS)
+            except asyncio.TimeoutError:
+                message_text = f"no more of the request body came for {_BODY_SECONDS:g} s"
+                raise ApiError(408, message_text, code="request_timeout", headers={"Connection": "close"}) from None
             if message["type"] != "http.request":
                 break
             body += message.get("body", b"")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
 
 from .errors import ApiError, as_api_error, error_body
 
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from .state import ServerState
+
+logger = logging.getLogger("llama_moe.server")
+
+# A client that takes nothing for so long holds a model for nothing.
+_SEND_SECONDS = 60.0
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -42,7 +49,12 @@ class StreamResponse(EventSourceResponse):
 
     def __init__(self, events: AsyncIterator[ServerSentEvent], *, request: Request, state: ServerState, held: AsyncExitStack) -> None:
         # A server that stops ends the streams itself, by closing their models; until then they may go on.
-        super().__init__(_with_errors(events, request.url.path), shutdown_grace_period=state.settings.grace_seconds, sep="\n")
+        super().__init__(
+            _with_errors(events, request.url.path),
+            shutdown_grace_period=state.settings.grace_seconds,
+            send_timeout=_SEND_SECONDS,
+            sep="\n",
+        )
         self._events = events
         self._held = held
 
@@ -50,6 +62,8 @@ class StreamResponse(EventSourceResponse):
         """Sends them."""
         try:
             await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            logger.info("a client took nothing of its stream for %g s, which was ended", _SEND_SECONDS)
         finally:
             await self._held.aclose()
 

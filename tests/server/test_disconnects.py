@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from llama_moe import Engine
-from llama_moe.server import ServerSettings
+from llama_moe.server import ServerSettings, security, streaming
 from tests.support.servers import LocalServer, local_server
 from tests.support.waiting import eventually
 
@@ -48,10 +48,13 @@ def is_free(local: LocalServer, engine: Engine) -> None:
     assert reply["usage"]["completion_tokens"] == 2
 
 
-def send(local: LocalServer, path: str, body: dict[str, Any]) -> socket.socket:
-    """Sends a request, and leaves its answer to whoever reads the socket."""
+def send(local: LocalServer, path: str, body: dict[str, Any], *, buffer: int | None = None) -> socket.socket:
+    """Sends a request, and leaves its answer to whoever reads the socket. `buffer`: bytes that the system takes meanwhile, about."""
     url = httpx.URL(local.url)
-    client = socket.create_connection((url.host, url.port))
+    client = socket.socket()
+    if buffer is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    client.connect((url.host, url.port or 0))
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     client.sendall(head.encode() + content)
@@ -104,3 +107,25 @@ def test_many_clients_that_come_and_go(local: LocalServer, engine: Engine) -> No
     for client in clients:
         client.close()
     is_free(local, engine)
+
+
+def test_a_client_that_reads_nothing_is_left(local: LocalServer, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "_SEND_SECONDS", 0.2)
+    with send(local, "/v1/completions", ENDLESS | {"stream": True, "logprobs": 20}, buffer=4096) as client:
+        assert eventually(lambda: count(engine, "running") == 1)
+        is_free(local, engine)
+        assert engine.stats()["generated_tokens"] > 0
+        while client.recv(1 << 20):  # what was on its way; then the connection ends
+            pass
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(local: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(security, "_BODY_SECONDS", 0.05)
+    url = httpx.URL(local.url)
+    with socket.create_connection((url.host, url.port)) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        answer = b""
+        while received := client.recv(1 << 16):
+            answer += received
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"no more of the request body came" in answer

@@ -102,6 +102,8 @@ def local_server(settings: ServerSettings) -> Iterator[LocalServer]:
     """Runs the application on another thread, in uvicorn."""
     app = create_app(settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        # Of its connections too: the system takes little of what a client does not read.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
