@@ -31,9 +31,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_page_is_in_the_site(site: Path) -> None:
+def test_every_page_is_in_the_site_and_once_in_its_navigation(site: Path) -> None:
+    configuration = _CONFIG.read_text(encoding="utf-8")
     for page in (REPOSITORY / "docs").rglob("*.md"):
-        assert (site / page.relative_to(REPOSITORY / "docs").with_suffix(".html")).is_file(), page
+        name = page.relative_to(REPOSITORY / "docs")
+        assert (site / name.with_suffix(".html")).is_file(), name
+        assert len(re.findall(rf"^ *- (?:\w+: )?{re.escape(str(name))}$", configuration, flags=re.MULTILINE)) == 1, name
 
 
 @pytest.mark.parametrize("module", ["llama_moe", *_MODULES])
