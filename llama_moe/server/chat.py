@@ -33,13 +33,14 @@ from .results import Usage, check_ended, new_id, now, token_logprobs, usage_of
 from .sampling import check_choices, sampling_params, with_seed
 from .state import ServerState, State
 from .streaming import DONE, StreamResponse, json_event, merged, read_all, unless_gone
+from .tokens import prompt_tokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
     from sse_starlette import ServerSentEvent
 
-    from llama_moe import AsyncChatStream, ChatCompletion, ChatDelta, ChatPrompt, Model, Token, ToolCallDelta, ToolChoice
+    from llama_moe import AsyncChatStream, ChatCompletion, ChatDelta, ChatPrompt, Engine, Token, ToolCallDelta, ToolChoice
 
     from .pool import ServedModel
     from .settings import ServerSettings
@@ -80,7 +81,7 @@ class ChatCall:
             ApiError: the prompt is longer than the server allows.
             LlamaMoeError: as `Engine.chat` does.
         """
-        prompt, ids = await asyncio.to_thread(self._prompt, served.model)
+        prompt, ids = await asyncio.to_thread(self._prompt, served.engine)
         check_prompt(len(ids), settings)
         streams: list[AsyncChatStream] = []
         try:
@@ -95,11 +96,11 @@ class ChatCall:
 
     async def count(self, served: ServedModel) -> int:
         """The tokens of the prompt, without answering."""
-        _, ids = await asyncio.to_thread(self._prompt, served.model)
+        _, ids = await asyncio.to_thread(self._prompt, served.engine)
         return len(ids)
 
-    def _prompt(self, model: Model) -> tuple[ChatPrompt, list[int]]:
-        prompt = model.chat_format().apply(
+    def _prompt(self, engine: Engine) -> tuple[ChatPrompt, list[int]]:
+        prompt = engine.model.chat_format().apply(
             self.messages,
             self.params,
             tools=self.tools,
@@ -110,7 +111,7 @@ class ChatCall:
             template_options=self.template_options,
             continue_final_message=self.continue_final_message,
         )
-        return prompt, model.tokenize(prompt.text, parse_special=True)
+        return prompt, prompt_tokens(engine, prompt.text)
 
 
 def check_prompt(tokens: int, settings: ServerSettings) -> None:

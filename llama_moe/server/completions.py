@@ -95,7 +95,7 @@ async def completions(body: CompletionRequest, request: Request, state: State) -
     )
     async with AsyncExitStack() as held:
         served = await held.enter_async_context(state.pool.use(body.model))
-        prompts = await prompt_ids(served.model, body.prompt)
+        prompts = await prompt_ids(served.engine, body.prompt)
         check_choices(choices * len(prompts), state.settings)
         for prompt in prompts:
             check_prompt(len(prompt), state.settings)

@@ -64,7 +64,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request, state: State) ->
         width = served.model.embedding_length
         if body.dimensions not in (None, width):
             raise ApiError(400, f"dimensions is {body.dimensions}; the embeddings of {served.name!r} have {width}", param="dimensions")
-        texts = await prompt_ids(served.model, body.input)
+        texts = await prompt_ids(served.engine, body.input)
         if len(texts) > MAX_INPUTS:
             raise ApiError(400, f"input has {len(texts)} texts; there can be up to {MAX_INPUTS}", param="input")
         for text in texts:

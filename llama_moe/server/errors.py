@@ -189,7 +189,13 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
     what = f"{request.method} {request.url.path}"
-    message = {404: f"there is no {what}", 405: f"{what} is not allowed"}.get(error.status_code, str(error.detail))
+    messages = {
+        # Of bodies; what is no JSON at all is told by _on_invalid().
+        400: "the body cannot be read: it is nested too deeply, or has a number with too many digits",
+        404: f"there is no {what}",
+        405: f"{what} is not allowed",
+    }
+    message = messages.get(error.status_code, str(error.detail))
     return error_response(request.url.path, ApiError(error.status_code, message, headers=error.headers))
 
 
@@ -199,6 +205,8 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     place = [str(part) for part in first["loc"] if part != "body"]
     param = ".".join(place) or None
     message = f"{param}: {first['msg']}" if param else str(first["msg"])
+    if not place and first["type"] == "model_attributes_type":
+        message = "the body is not a JSON object, or not sent as one: the header content-type must be application/json"
     if first["type"] == "json_invalid":
         message, param = f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", None
     if others:

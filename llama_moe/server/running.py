@@ -33,7 +33,8 @@ def serve(settings: ServerSettings, *, on_ready: Callable[[str], object] | None)
     """See `llama_moe.server.serve`."""
     app = create_app(settings)
     with contextlib.closing(_listen(settings)) as listener:
-        config = uvicorn.Config(app, log_config=None, lifespan="on", server_header=False)
+        # h11 limits what a request may have before its body, 64 KiB in all; the other parser that uvicorn may find takes any amount.
+        config = uvicorn.Config(app, http="h11", ws="none", log_config=None, lifespan="on", server_header=False)
         config.timeout_graceful_shutdown = math.ceil(settings.grace_seconds) + _LAST_SECONDS
         _Server(config, app.state.server, on_ready).run(sockets=[listener])
 

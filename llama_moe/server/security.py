@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 
 from . import web_page
+from .body_text import check_text
 from .errors import ApiError, error_response, shutting_down
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Gate:
     - With a key, what comes without it, but for `OPEN_PATHS`.
     - Without a key, what another site made a browser send: a page whose name was made to lead to this machine (DNS rebinding) has that name
       in `Host`, one that just sends requests here has its own in `Origin`.
-    - Bodies over the limit, also those that do not tell their length.
+    - Bodies over the limit, also those that do not tell their length, and those that are no text.
     """
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
@@ -87,7 +88,7 @@ class Gate:
                 403, f"the host {host!r} is not this server; without an API key only local names are answered", code="wrong_host"
             )
         origin = headers.get("origin")
-        if origin is not None and not self._is_ours(urlsplit(origin).netloc):
+        if origin is not None and not self._is_ours(origin.partition("://")[2]):
             raise ApiError(403, f"requests from the site {origin!r} are not answered without an API key", code="wrong_origin")
 
     def _is_ours(self, netloc: str) -> bool:
@@ -122,9 +123,11 @@ class Gate:
             more = message.get("more_body", False)
             if len(body) > self._limit:
                 raise self._too_large()
-        pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
         if more:  # it left in the middle
-            pending = [{"type": "http.disconnect"}]
+            pending: list[Message] = [{"type": "http.disconnect"}]
+        else:
+            check_text(bytes(body))
+            pending = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
             return pending.pop() if pending else await receive()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from llama_moe import Model
+from llama_moe.errors import ContextFullError
 
 from .errors import ERROR_RESPONSES, ApiError
 from .state import State
+
+if TYPE_CHECKING:
+    from llama_moe import Engine, Model
 
 router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES)
 
@@ -34,15 +38,42 @@ def _each(prompt: PromptInput) -> list[str | list[int]]:
     return list(prompt)
 
 
-async def prompt_ids(model: Model, prompts: PromptInput) -> list[list[int]]:
+def prompt_tokens(engine: Engine, text: str) -> list[int]:
+    """The tokens of a prompt. Of one that no context could hold that is said at once: finding all of them may take a minute.
+
+    Raises:
+        ContextFullError: it is such a text.
+    """
+    if len(text) > _USUAL_CHARACTERS * engine.context_size:
+        # Vocabularies may make one of many spaces.
+        least = sum(map(len, text.split())) // _longest_token(engine.model)
+        if least > engine.context_size:
+            raise ContextFullError(f"the prompt has more than {least} tokens; the context holds {engine.context_size} for each sequence")
+    return engine.model.tokenize(text, parse_special=True)
+
+
+# Hardly any text has more characters for each token.
+_USUAL_CHARACTERS = 16
+_longest: WeakKeyDictionary[Model, int] = WeakKeyDictionary()
+
+
+def _longest_token(model: Model) -> int:
+    """Bytes of the longest token, control tokens by their names."""
+    if model not in _longest:
+        _longest[model] = max(len(model.detokenize([token], special=True).encode()) for token in range(model.vocab_size))
+    return _longest[model]
+
+
+async def prompt_ids(engine: Engine, prompts: PromptInput) -> list[list[int]]:
     """The token ids of each of the prompts. The event loop goes on meanwhile.
 
     Raises:
         ApiError: a prompt is empty, and the model adds nothing around it.
+        ContextFullError: a prompt is far too long.
     """
 
     def work() -> list[list[int]]:
-        return [model.tokenize(prompt, parse_special=True) if isinstance(prompt, str) else prompt for prompt in _each(prompts)]
+        return [prompt_tokens(engine, prompt) if isinstance(prompt, str) else prompt for prompt in _each(prompts)]
 
     found = await asyncio.to_thread(work)
     if not all(found):
