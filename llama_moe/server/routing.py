@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["server"], responses=ERROR_RESPONSES)
 
+# How soon a stream ends when the server stops.
+_STOP_SECONDS = 0.5
+
 
 class LayerCounts(BaseModel):
     """One layer that has experts."""
@@ -97,7 +100,14 @@ async def _events(state: ServerState, model: str | None, interval: float) -> Asy
         if report != last:
             yield json_event(report.model_dump())
         last = report
-        await asyncio.sleep(interval)
+        await _sleep(state, interval)
+
+
+async def _sleep(state: ServerState, seconds: float) -> None:
+    """Waits, but not for long once the server stops."""
+    while seconds > 0 and not state.stopping:
+        await asyncio.sleep(min(seconds, _STOP_SECONDS))
+        seconds -= _STOP_SECONDS
 
 
 def _report(state: ServerState, model: str | None) -> RoutingReport:

@@ -129,6 +129,21 @@ def test_an_unknown_model_is_an_error(client: httpx.Client) -> None:
         assert "'nothing' does not exist" in answer.json()["error"]["message"]
 
 
+def test_a_stream_does_not_hold_up_the_end_of_the_server(models_dir: Path) -> None:
+    options = ["--ctx", 256, "--threads", 1, "--grace", 3600]
+    with (
+        ServerProcess("--model", models_dir / "chat.gguf", *options) as server,
+        server.client.stream("GET", "/v1/routing/stream", params={"interval": 60}) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data:")
+        server.signal()
+        for _ in lines:  # to a proper end
+            pass
+        assert server.finish() == 0
+        assert "Traceback" not in server.log()
+
+
 def test_the_interval_has_limits(client: httpx.Client) -> None:
     assert client.get("/v1/routing/stream", params={"interval": 0}).status_code == 400
 
