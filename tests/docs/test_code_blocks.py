@@ -26,7 +26,8 @@ from tests.support.processes import REPOSITORY, environment, run_on_one_core
 
 pytestmark = pytest.mark.skipif(not (REPOSITORY / "docs").is_dir(), reason="the pages are not here: an installed package is tested")
 
-_PAGES = sorted([Path("README.md"), *(path.relative_to(REPOSITORY) for path in (REPOSITORY / "docs").rglob("*.md"))])
+_DOCS = REPOSITORY / "docs"
+_PAGES = sorted([Path("README.md"), *(path.relative_to(REPOSITORY) for path in _DOCS.rglob("*.md"))]) if _DOCS.is_dir() else []
 _BLOCKS = {str(page): blocks_of(REPOSITORY / page, str(page)) for page in _PAGES}
 _RUN = {page: [block for block in blocks if block.kind != "text" and not block.not_run] for page, blocks in _BLOCKS.items()}
 _NOT_RUN = [block for blocks in _BLOCKS.values() for block in blocks if block.not_run]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_moe.cli.app import app
 from tests.support.processes import REPOSITORY
 
 _CONFIG = REPOSITORY / "mkdocs.yml"
@@ -68,3 +69,10 @@ def test_the_readme_links_to_what_is_there() -> None:
     targets = re.findall(r"\]\(((?!https?:)[^)#]+)", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
     assert targets
     assert not [target for target in targets if not (REPOSITORY / target).exists()]
+
+
+def test_the_readme_tells_of_every_command() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback and not command.hidden]
+    assert "run" in commands
+    assert not [command for command in commands if f"llama-moe {command}" not in readme]
