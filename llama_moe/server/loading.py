@@ -8,12 +8,14 @@ import llama_moe
 from llama_moe import ExpertPlacement
 from llama_moe._sizes import format_size
 from llama_moe.errors import DoesNotFitError
+from llama_moe.placement import as_placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from llama_moe import Engine, MemoryReport, Plan
+    from llama_moe.placement import PlacementLike
 
     from .discovery import ModelFile
     from .settings import ServerSettings
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
 
 def load_engine(settings: ServerSettings, path: Path, on_progress: Callable[[float], object]) -> Engine:
     """Loads a model as the settings say; the errors are those of `llama_moe.load`."""
-    options = _planned_options(settings)
+    options = _planned_options(settings, path)
     # An argument that is not given is the profile's to fill.
-    if settings.experts == ExpertPlacement.fit() or settings.experts == "fit":
+    if as_placement(options["experts"]) == ExpertPlacement.fit():
         del options["experts"]
     for name in ("threads", "threads_batch", "profile"):
         if getattr(settings, name) is not None:
@@ -31,10 +33,17 @@ def load_engine(settings: ServerSettings, path: Path, on_progress: Callable[[flo
     return llama_moe.load(path, **options, max_queue=settings.max_queue, on_progress=on_progress)
 
 
-def _planned_options(settings: ServerSettings) -> dict[str, Any]:
+def _placement(settings: ServerSettings, path: Path) -> PlacementLike:
+    """Where a model's experts go. What a server of many models asks of experts asks nothing of one that has none."""
+    if as_placement(settings.experts).kind in ("fit", "gpu", "rules") or llama_moe.inspect(path).expert_count:
+        return settings.experts
+    return ExpertPlacement.fit()
+
+
+def _planned_options(settings: ServerSettings, path: Path) -> dict[str, Any]:
     """The arguments of both `load` and `plan`."""
     options: dict[str, Any] = {
-        "experts": settings.experts,
+        "experts": _placement(settings, path),
         "context_size": settings.context_size,
         "context_pool": settings.context_pool,
         "max_sequences": settings.parallel,
@@ -87,4 +96,4 @@ class MemoryBudget:
         return DoesNotFitError(f"it does not fit beside the loaded models: {missing}", shortfall=plan.shortfall)
 
     def _plan(self, file: ModelFile, ram: int | None) -> Plan:
-        return llama_moe.plan(file.path, **_planned_options(self._settings), ram=ram)
+        return llama_moe.plan(file.path, **_planned_options(self._settings, file.path), ram=ram)

@@ -72,7 +72,7 @@ class LoadedModel(BaseModel):
     model: str
     architecture: str
     loaded_at: float = Field(description="In seconds since 1970.")
-    experts: str = Field(description='Where its experts were to go, such as "cpu_first(20)".')
+    experts: str = Field(description='Where its experts were to go, such as "cpu_first(20)"; "none": it has none.')
     context_size: int = Field(description="Tokens for each request.")
     max_sequences: int = Field(description="Requests that are computed at once.")
     memory: Memory
@@ -142,7 +142,7 @@ def _loaded(served: ServedModel, experts: str, *, tensors: bool) -> LoadedModel:
         model=served.name,
         architecture=served.model.architecture,
         loaded_at=served.loaded_at,
-        experts=experts,
+        experts=experts if served.model.expert_count else "none",
         context_size=served.engine.context_size,
         max_sequences=served.engine.max_sequences,
         memory=Memory.model_validate(served.memory.to_dict()),

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import llama_moe
-from llama_moe import ExpertPlacement, Model
+from llama_moe import Model
 from tests.support.servers import ServerProcess
 from tests.support.waiting import eventually
 
@@ -19,7 +19,7 @@ from tests.support.waiting import eventually
 @pytest.fixture(scope="module")
 def client(models_dir: Path, dense: Path) -> Iterator[httpx.Client]:
     """Of a server with a Mixture of Experts, which is loaded at the start, and a dense model, which is not."""
-    options = ["--ctx", 256, "--parallel", 2, "--threads", 1]
+    options = ["--ctx", 256, "--parallel", 2, "--threads", 1, "--cpu-moe"]
     with ServerProcess("--model", models_dir / "chat.gguf", "--model", dense, *options) as server:
         yield server.client
 
@@ -46,7 +46,7 @@ def reports(answer: httpx.Response) -> Iterator[dict[str, Any]]:
 def test_the_placement_is_that_of_the_same_load(client: httpx.Client, models_dir: Path) -> None:
     report = client.get("/v1/placement", params={"tensors": True}).json()
     (found,) = [model for model in report["models"] if model["model"] == "chat"]
-    with llama_moe.load(models_dir / "chat.gguf", context_size=256, max_sequences=2) as engine:
+    with llama_moe.load(models_dir / "chat.gguf", experts="cpu", context_size=256, max_sequences=2) as engine:
         assert found["memory"] == engine.memory().to_dict()
         assert [tuple(tensor.values()) for tensor in found["placement"]["tensors"]] == [
             (tensor.name, tensor.device, tensor.role, tensor.bytes) for tensor in engine.model.placement
@@ -54,7 +54,7 @@ def test_the_placement_is_that_of_the_same_load(client: httpx.Client, models_dir
         by_role = {row["role"]: row["bytes"] for row in found["placement"]["rows"] if row["device"] == "CPU"}
         assert by_role["experts"] == engine.model.placement.by_role()["experts"]
         assert found["placement"]["total_bytes"] == engine.model.placement.total_bytes
-    assert found["experts"] == report["settings"]["experts"] == repr(ExpertPlacement.fit()).removeprefix("ExpertPlacement.")
+    assert found["experts"] == report["settings"]["experts"] == "cpu()"
     assert (found["context_size"], found["max_sequences"]) == (256, 2)
     assert found["requests"] == {"running": 0, "waiting": 0}
 
@@ -120,6 +120,8 @@ def test_a_model_without_experts_says_so(client: httpx.Client) -> None:
     with client.stream("GET", "/v1/routing/stream", params={"model": "dense"}) as answer:
         report = next(reports(answer))
     assert (report["loaded"], report["tracing"], report["expert_count"]) == (True, False, 0)
+    # --cpu-moe asks nothing of it.
+    assert [model["experts"] for model in client.get("/v1/placement").json()["models"] if model["model"] == "dense"] == ["none"]
 
 
 def test_an_unknown_model_is_an_error(client: httpx.Client) -> None:
