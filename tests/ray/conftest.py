@@ -22,13 +22,15 @@ def ray_machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment, tempfile.TemporaryDirectory(prefix="ray-") as folder:
         environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))  # else it writes one to the home folder
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=96 << 20,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            _temp_dir=folder,
-        )
-        yield
-        ray.shutdown()
+        try:
+            ray.init(
+                num_cpus=2,
+                include_dashboard=False,
+                object_store_memory=96 << 20,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _temp_dir=folder,
+            )
+            yield
+        finally:
+            ray.shutdown()
