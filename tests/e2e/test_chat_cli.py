@@ -45,7 +45,7 @@ def terminal(path: Path, tmp_path: Path) -> Iterator[Terminal]:
     """A chat whose answers would be long: 30,000 tokens."""
     with Terminal([*COMMAND, "chat", str(path), "--ctx", "30000", *OPTIONS], LLAMA_MOE_CACHE=str(tmp_path)) as terminal:
         terminal.wait_for("/help shows the commands")
-        terminal.wait_for("> ")
+        terminal.wait_for_prompt("> ")
         yield terminal
 
 
@@ -72,10 +72,8 @@ def test_a_system_message_and_long_messages(path: Path, tmp_path: Path) -> None:
 
 def test_commands_change_the_conversation(path: Path, tmp_path: Path) -> None:
     saved = tmp_path / "chat.txt"
-    done = chat(
-        path,
-        f"Hello\n/retry\n/undo\nRed\nBlue\n/undo\n/system Be kind.\n/retry\n/save {saved}\n/reset\n/stats\n/undo\n/retry\n/exit\nno more\n",
-    )
+    typed = ["Hello", "/retry", "/undo", "Red", "Blue", "/undo", "/system Be kind.", "/retry", f"/save {saved}", "/reset", "/stats"]
+    done = chat(path, "\n".join([*typed, "/undo", "/retry", "/exit", "no more"]))
     assert done.returncode == 0, done.stderr
     (hello,) = answers(path, "Hello")
     red, blue = answers(path, "Red", "Blue")
@@ -148,10 +146,10 @@ def test_a_second_ctrl_c_leaves(terminal: Terminal, during_an_answer: bool) -> N
         terminal.type("Hello" + ENTER)
         terminal.wait_for(" ", after=terminal.wait_for("Hello\n"))
         terminal.type(CTRL_C)
-        terminal.wait_for("> ", after=terminal.wait_for("(stopped;"))
+        terminal.wait_for_prompt("> ", after=terminal.wait_for("(stopped;"))
     else:
         terminal.type("not sent" + CTRL_C)
-        terminal.wait_for("> ", after=terminal.wait_for("(Ctrl-C again, Ctrl-D or /exit leaves)"))
+        terminal.wait_for_prompt("> ", after=terminal.wait_for("(Ctrl-C again, Ctrl-D or /exit leaves)"))
     terminal.type(CTRL_C)
     assert terminal.finish() == 0
 
@@ -160,9 +158,9 @@ def test_something_between_two_ctrl_c_keeps_it_running(terminal: Terminal) -> No
     at = 0
     for _ in range(2):
         terminal.type(CTRL_C)
-        at = terminal.wait_for("> ", after=terminal.wait_for("(Ctrl-C again", after=at))
+        at = terminal.wait_for_prompt("> ", after=terminal.wait_for("(Ctrl-C again", after=at))
         terminal.type("/system" + ENTER)
-        at = terminal.wait_for("> ", after=terminal.wait_for("(no system message)", after=at))
+        at = terminal.wait_for_prompt("> ", after=terminal.wait_for("(no system message)", after=at))
     terminal.type(CTRL_D)
     assert terminal.finish() == 0
 
@@ -179,7 +177,7 @@ def test_lines_can_be_edited_and_called_back(terminal: Terminal, path: Path, tmp
     history = tmp_path / "chat_history"
     assert history.stat().st_mode & 0o077 == 0
     with Terminal([*COMMAND, "chat", str(path), "--ctx", "256", *OPTIONS], LLAMA_MOE_CACHE=str(tmp_path)) as later:
-        later.wait_for("> ", after=later.wait_for("/help"))
+        later.wait_for_prompt("> ", after=later.wait_for("/help"))
         later.type(UP + ENTER)
         later.wait_for("(system message: Be kind)")
         later.type("/sys\t" + CTRL_C)
@@ -188,7 +186,7 @@ def test_lines_can_be_edited_and_called_back(terminal: Terminal, path: Path, tmp
 
 def test_a_history_is_not_kept_when_it_is_not_wanted(path: Path, tmp_path: Path) -> None:
     with Terminal([*COMMAND, "chat", str(path), "--no-history", *OPTIONS], LLAMA_MOE_CACHE=str(tmp_path)) as terminal:
-        terminal.wait_for("> ", after=terminal.wait_for("/help"))
+        terminal.wait_for_prompt("> ", after=terminal.wait_for("/help"))
         terminal.type("/system secret" + ENTER)
         terminal.wait_for("(system message: secret)")
         terminal.type(CTRL_D)

@@ -10,10 +10,12 @@ import select
 import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from typing_extensions import Self
 
 from tests.support.processes import environment
+from tests.support.waiting import eventually
 
 __all__ = ["Terminal"]
 
@@ -62,6 +64,13 @@ class Terminal:
             if not self._read(deadline - time.monotonic()):
                 raise AssertionError(f"{text!r} was not shown after {self.shown[:after]!r}, but {self.shown[after:]!r}")
         return found + len(text)
+
+    def wait_for_prompt(self, prompt: str, *, after: int = 0) -> int:
+        """Waits for a prompt, and until the program sleeps behind it: a signal between the two would be noticed with the next key only."""
+        end = self.wait_for(prompt, after=after)
+        stat = Path(f"/proc/{self._process.pid}/stat")
+        assert eventually(lambda: stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "S")
+        return end
 
     def finish(self) -> int:
         """Reads to the end of the program; returns its exit status."""
