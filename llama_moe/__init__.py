@@ -30,6 +30,7 @@ from .devices import Device, add_rpc_device, devices
 from .engine import Engine
 from .inspection import ModelInfo, TensorInfo, inspect
 from .loading import load
+from .lora import LoraAdapter
 from .memory import MemoryReport, MemoryRow
 from .model import Model
 from .placement import ExpertPlacement, Placement, TensorPlacement
@@ -86,6 +87,7 @@ __all__ = [
     "ImatrixEntry",
     "ImatrixReport",
     "LayerRouting",
+    "LoraAdapter",
     "MemoryReport",
     "MemoryRow",
     "Model",

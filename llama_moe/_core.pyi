@@ -31,6 +31,7 @@ __all__: list[str] = [
     "Imatrix",
     "ImatrixEntry",
     "ImatrixOptions",
+    "LoraOptions",
     "Model",
     "ModelOptions",
     "NO_EXPERT",
@@ -184,6 +185,13 @@ class DeviceSpec:
         self, name: str, memory: typing.SupportsInt | typing.SupportsIndex, overhead: typing.SupportsInt | typing.SupportsIndex
     ) -> None: ...
 
+class LoraOptions:
+    def __init__(self, path: str, scale: typing.SupportsFloat | typing.SupportsIndex) -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def scale(self) -> float: ...
+
 class ModelOptions:
     check_tensors: bool
     fit_for: EngineOptions
@@ -202,6 +210,10 @@ class ModelOptions:
     def hypothetical_devices(self) -> list[DeviceSpec]: ...
     @hypothetical_devices.setter
     def hypothetical_devices(self, arg0: collections.abc.Sequence[DeviceSpec]) -> None: ...
+    @property
+    def lora(self) -> list[LoraOptions]: ...
+    @lora.setter
+    def lora(self, arg0: collections.abc.Sequence[LoraOptions]) -> None: ...
 
 class PlacementPolicy:
     @staticmethod

@@ -20,6 +20,7 @@ from .devices import devices as all_devices
 from .engine import Engine
 from .errors import InvalidOptionError, LlamaMoeError, PlacementError
 from .inspection import inspect
+from .lora import as_adapters
 from .model import Model, model_options, resolve_placement
 from .quality import QualityMeter
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from .devices import Device
     from .inspection import ModelInfo
+    from .lora import LoraLike
     from .model import DevicesLike, HostMemory, StrPath
     from .placement import ExpertPlacement, PlacementLike
 
@@ -51,6 +53,7 @@ def benchmark(
     devices: DevicesLike | None = None,
     host_memory: HostMemory = "mmap",
     repack: bool = True,
+    lora: LoraLike = (),
     quality: str | None = None,
     quality_tokens: int | None = 1024,
     against: StrPath | None = None,
@@ -77,6 +80,7 @@ def benchmark(
         devices: as for `load()`.
         host_memory: as for `load()`.
         repack: as for `load()`.
+        lora: as for `load()`; with `against`, for both files.
         quality: a text to read under each placement, as `compare()` does it; the first row that could be loaded is the reference.
         quality_tokens: how much of the text to use; None: all.
         against: another file, such as another quantisation, to measure under each of the placements too.
@@ -97,7 +101,7 @@ def benchmark(
         raise InvalidOptionError("placements is empty; it must have one placement or more")
     session = _Session(
         accelerators=found,
-        model_options={"devices": devices, "host_memory": host_memory, "repack": repack},
+        model_options={"devices": devices, "host_memory": host_memory, "repack": repack, "lora": lora},
         engine_options={
             "context_size": context,
             "micro_batch_size": micro_batch_size,
@@ -125,7 +129,7 @@ def benchmark(
         micro_batch_size=micro_batch_size,
         host_memory=host_memory,
         repack=repack,
-        notes=tuple(_notes(rows, files, found)),
+        notes=(*_notes(rows, files, found), *(f"with the LoRA adapter {each.path} x {each.scale:g}" for each in as_adapters(lora))),
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from ._tunable import ProfileLike
+    from .lora import LoraLike
     from .model import DevicesLike, HostMemory, StrPath
     from .placement import PlacementLike
     from .speculative import Speculative
@@ -42,6 +43,7 @@ def load(
     host_memory: HostMemory | Default[HostMemory] = Default("mmap"),
     repack: bool | Default[bool] = Default(True),
     check_tensors: bool = False,
+    lora: LoraLike = (),
     profile: ProfileLike = None,
     on_progress: Callable[[float], object] | None = None,
 ) -> Engine:
@@ -90,6 +92,7 @@ def load(
         host_memory=host_memory,
         repack=repack,
         check_tensors=check_tensors,
+        lora=lora,
         fit_for=engine_options,
     )
     model = Model._load_for(path, experts, options, on_progress)

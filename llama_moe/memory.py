@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         total_bytes: int
 
 
-ROLES = ("experts", "weights", "kv_cache", "compute", "overhead")
+ROLES = ("experts", "weights", "adapters", "kv_cache", "compute", "overhead")
 
 
 class MemoryRow(NamedTuple):
@@ -42,8 +42,9 @@ class MemoryReport:
     """Bytes by device and role; `str()` of it is a table.
 
     Attributes:
-        rows: one for each device and role. Roles are "experts", "weights" (every other weight, embedding and output included), "kv_cache"
-            (recurrent state too), "compute" (scratch buffers of a context) and "overhead" (what a device needs besides).
+        rows: one for each device and role. Roles are "experts", "weights" (every other weight, embedding and output included),
+            "adapters" (LoRA), "kv_cache" (recurrent state too), "compute" (scratch buffers of a context) and "overhead" (what a device
+            needs besides).
     """
 
     rows: tuple[MemoryRow, ...]

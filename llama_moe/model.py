@@ -12,6 +12,7 @@ from ._sizes import format_size
 from .chat import ChatTemplate
 from .devices import Device, device_name
 from .errors import InvalidOptionError
+from .lora import LoraAdapter, as_adapters
 from .memory import MemoryReport
 from .placement import Placement, as_placement
 from .tokens import token_ids
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from .hub_transfer import DownloadProgress
     from .inspection import Metadata
+    from .lora import LoraLike
     from .placement import PlacementLike
     from .tokens import TokenIds
 
@@ -50,13 +52,16 @@ class Model:
         repack: let llama.cpp rearrange weights on the CPU for its vector kernels. Quicker at single tokens, and slower at long prompts for
             the experts of many models; it costs a copy in memory.
         check_tensors: look for invalid values while loading; slow.
+        lora: LoRA adapters to load beside the weights, each on its weight's device: `LoraAdapter` objects or paths. They hold for all that
+            is computed with the model.
         fit_context_tokens: tokens of context that "fit" leaves room for, as one sequence of an engine with default options. (`load` knows
             its engine and leaves room for that.)
         on_progress: called on this thread with the share loaded, 0 to 1.
 
     Raises:
         FileNotFoundError: no such file.
-        ModelLoadError: the file is not GGUF, truncated, corrupted, or of an unsupported architecture, or memory ran out.
+        ModelLoadError: the file is not GGUF, truncated, corrupted, or of an unsupported architecture, or memory ran out; or an adapter is
+            none, or is one for another model.
         PlacementError: the placement matches no tensor, the model has no experts, or a layer or device does not exist.
         DoesNotFitError: "fit" found no way to place it.
         InvalidOptionError: an option is outside its range.
@@ -72,6 +77,7 @@ class Model:
         host_memory: HostMemory = "mmap",
         repack: bool = True,
         check_tensors: bool = False,
+        lora: LoraLike = (),
         fit_context_tokens: int = 512,
         on_progress: Callable[[float], object] | None = None,
     ) -> None:
@@ -81,6 +87,7 @@ class Model:
             host_memory=host_memory,
             repack=repack,
             check_tensors=check_tensors,
+            lora=lora,
             fit_for=fill_context(_core.EngineOptions(), context_size=fit_context_tokens),
         )
         self._load(path, experts, options, on_progress)
@@ -99,6 +106,7 @@ class Model:
         host_memory: HostMemory = "mmap",
         repack: bool = True,
         check_tensors: bool = False,
+        lora: LoraLike = (),
         fit_context_tokens: int = 512,
         on_progress: Callable[[float], object] | None = None,
     ) -> Self:
@@ -119,6 +127,7 @@ class Model:
             host_memory=host_memory,
             repack=repack,
             check_tensors=check_tensors,
+            lora=lora,
             fit_context_tokens=fit_context_tokens,
             on_progress=on_progress,
         )
@@ -138,6 +147,7 @@ class Model:
         _logging.sync_level()
         policy = as_placement(experts)._to_native()
         self._native = _core.Model.load(os.fspath(path), options, policy, on_progress)
+        self._lora = tuple(LoraAdapter(adapter.path, adapter.scale) for adapter in options.lora)
         self._placement: Placement | None = None
         self._chat_formats: dict[str | None, ChatTemplate] = {}
 
@@ -145,6 +155,11 @@ class Model:
     def path(self) -> str:
         """The file it was loaded from."""
         return self._native.path
+
+    @property
+    def lora(self) -> tuple[LoraAdapter, ...]:
+        """The LoRA adapters that it was loaded with."""
+        return self._lora
 
     @property
     def placement(self) -> Placement:
@@ -242,7 +257,7 @@ class Model:
         return chat
 
     def memory(self) -> MemoryReport:
-        """Bytes of its weights by device and role."""
+        """Bytes of its weights, and its LoRA adapters, by device and role."""
         return MemoryReport.of(self._native.memory())
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
@@ -300,6 +315,7 @@ def model_options(
     host_memory: HostMemory = "mmap",
     repack: bool = True,
     check_tensors: bool = False,
+    lora: LoraLike = (),
     fit_for: _core.EngineOptions | None = None,
 ) -> _core.ModelOptions:
     """The native options of a load."""
@@ -316,6 +332,7 @@ def model_options(
             "host_memory": host_memory,
             "repack": repack,
             "check_tensors": check_tensors,
+            "lora": [adapter._to_native() for adapter in as_adapters(lora)],
             "fit_for": fit_for or _core.EngineOptions(),
         },
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Literal, SupportsIndex
 
     from .bandwidth import Bandwidths, DeviceRates
+    from .lora import LoraLike
     from .memory import MemoryReportDict, MemoryRow
     from .model import HostMemory, StrPath
     from .placement import PlacementLike
@@ -224,6 +225,7 @@ def plan(
     gpu_layers: int | Literal["all"] = "all",
     host_memory: HostMemory = "mmap",
     repack: bool = True,
+    lora: LoraLike = (),
 ) -> Plan:
     """Says what `load` with the same arguments would take, without reading weights or allocating memory.
 
@@ -250,6 +252,7 @@ def plan(
             memory that cannot be dropped, and "locked" keeps the mapping from being dropped. A "pinned" or "locked" that cannot be is
             refused.
         repack: as for `load`.
+        lora: as for `load`. The adapters must be files of this machine, and count in the plan; predicted speeds leave them out.
 
     Returns:
         A plan, of which `fits` says whether every device is large enough.
@@ -282,6 +285,7 @@ def plan(
         gpu_layers=gpu_layers,
         host_memory=host_memory,
         repack=repack,
+        lora=lora,
         fit_for=engine,
     )
     options.hypothetical_devices = [spec._to_native() for spec in specs]

@@ -32,6 +32,11 @@ void bind_options(py::module_& m) {
              }),
              py::arg("name"), py::arg("memory"), py::arg("overhead"));
 
+    py::class_<LoraOptions>(m, "LoraOptions")
+        .def(py::init([](std::string path, float scale) { return LoraOptions{std::move(path), scale}; }), py::arg("path"), py::arg("scale"))
+        .def_readonly("path", &LoraOptions::path)
+        .def_readonly("scale", &LoraOptions::scale);
+
     py::class_<ModelOptions>(m, "ModelOptions")
         .def(py::init<>())
         .def_readwrite("devices", &ModelOptions::devices)
@@ -40,6 +45,7 @@ void bind_options(py::module_& m) {
         .def_readwrite("host_memory", &ModelOptions::host_memory)
         .def_readwrite("repack", &ModelOptions::repack)
         .def_readwrite("check_tensors", &ModelOptions::check_tensors)
+        .def_readwrite("lora", &ModelOptions::lora)
         .def_readwrite("fit_for", &ModelOptions::fit_for);
 }
 

@@ -63,6 +63,10 @@ ProfileOption = Annotated[
     typer.Option("--profile", metavar="FILE", help="Fill what is not given from this profile; 'auto': what `llama-moe tune` kept."),
 ]
 MemoryOption = Annotated[bool, typer.Option("--memory", help="Show the memory used, by device and role.")]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[=SCALE]", help="Load this LoRA adapter too, SCALE times. May be given several times."),
+]
 ContextSizeOption = Annotated[int, typer.Option("--ctx", min=0, metavar="N", help="Tokens of context; 0: what the model was trained for.")]
 
 
@@ -110,6 +114,7 @@ def run(
     threads: ThreadsOption = None,
     repack: RepackIfQuickerOption = None,
     profile: ProfileOption = None,
+    lora: LoraOption = None,
     memory: MemoryOption = False,
 ) -> None:
     """Continue a prompt, or answer it, streaming the text.
@@ -117,7 +122,7 @@ def run(
     The text goes to standard output; reasoning, speed and memory to standard error. Without --cpu-moe, --n-cpu-moe or --experts-on, as
     many experts as fit go to the accelerators.
     """
-    from .run import EngineChoice, choose_drafting, choose_placement, choose_sampling, run_prompt
+    from .run import EngineChoice, choose_drafting, choose_lora, choose_placement, choose_sampling, run_prompt
 
     with exit_codes():
         choice = EngineChoice(
@@ -129,6 +134,7 @@ def run(
             threads=threads,
             repack=repack,
             profile=profile,
+            lora=choose_lora(lora or []),
         )
         params = choose_sampling(
             max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or [], grammar=grammar, json_schema=json_schema
@@ -158,6 +164,7 @@ def chat_command(
     threads: ThreadsOption = None,
     repack: RepackIfQuickerOption = None,
     profile: ProfileOption = None,
+    lora: LoraOption = None,
     history: Annotated[bool, typer.Option("--history/--no-history", help="Keep what is typed, for the arrow keys of later chats.")] = True,
     memory: MemoryOption = False,
 ) -> None:
@@ -167,7 +174,7 @@ def chat_command(
     From a pipe, each line is a message. Answers go to standard output, everything else to standard error.
     """
     from .chat import run_chat
-    from .run import EngineChoice, choose_drafting, choose_placement, choose_sampling
+    from .run import EngineChoice, choose_drafting, choose_lora, choose_placement, choose_sampling
 
     with exit_codes():
         choice = EngineChoice(
@@ -179,6 +186,7 @@ def chat_command(
             threads=threads,
             repack=repack,
             profile=profile,
+            lora=choose_lora(lora or []),
         )
         params = choose_sampling(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=[], grammar=None, json_schema=None)
         run_chat(choice, params=params, system=system, thinking=thinking, keep_history=history, memory=memory)
@@ -239,6 +247,7 @@ def plan(
     kv_type: Annotated[str, typer.Option("--kv-type", metavar="TYPE", help="Number format of the KV cache, such as q8_0.")] = "f16",
     gpu_layers: Annotated[int | None, typer.Option("--gpu-layers", min=0, metavar="N", help="Layers on the GPU. Default: all.")] = None,
     rpc: RpcOption = None,
+    lora: LoraOption = None,
     predict: Annotated[bool, typer.Option("--predict/--no-predict", help="Predict speeds; measures the machine the first time.")] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -247,6 +256,7 @@ def plan(
     Three plans side by side: everything on the GPU, all experts in host memory, and as many experts on the GPU as fit. Nothing is loaded.
     """
     from .plan import show_plans
+    from .run import choose_lora
 
     with exit_codes():
         show_plans(
@@ -261,6 +271,7 @@ def plan(
             kv_type=kv_type,
             gpu_layers=gpu_layers,
             rpc=rpc or [],
+            lora=choose_lora(lora or []),
             predict=predict,
             as_json=as_json,
         )
@@ -299,6 +310,7 @@ def bench(
     ] = "mmap",
     repack: RepackOption = True,
     rpc: RpcOption = None,
+    lora: LoraOption = None,
     quality: Annotated[
         Path | None, typer.Option("--quality", metavar="FILE", help="Compare what is predicted along this text: perplexity, agreement, KL.")
     ] = None,
@@ -317,6 +329,7 @@ def bench(
     The speeds compare with llama-bench's. A placement that fails is reported and the others go on; the exit status is then 1.
     """
     from .bench import run_bench
+    from .run import choose_lora
 
     with exit_codes():
         run_bench(
@@ -332,6 +345,7 @@ def bench(
             host_memory=host_memory,
             repack=repack,
             rpc=rpc or [],
+            lora=choose_lora(lora or []),
             quality=quality,
             quality_tokens=quality_tokens,
             against=against,
@@ -354,6 +368,7 @@ def trace(
     cpu_moe: CpuMoeOption = False,
     n_cpu_moe: NCpuMoeOption = None,
     rpc: RpcOption = None,
+    lora: LoraOption = None,
     context_size: ContextSizeOption = 4096,
     threads: ThreadsOption = None,
     repack: RepackOption = True,
@@ -375,7 +390,7 @@ def trace(
     For each layer: its most used experts with their share of the tokens, how many were never used, and how even it was: the entropy (1: all
     alike) and the coefficient of variation (0: all alike). Texts longer than the context are computed in pieces.
     """
-    from .run import choose_placement
+    from .run import choose_lora, choose_placement
     from .trace import trace_model
 
     with exit_codes():
@@ -386,6 +401,7 @@ def trace(
             generate=generate,
             experts=choose_placement(cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe, experts_on=[]),
             rpc=rpc or [],
+            lora=choose_lora(lora or []),
             context_size=context_size,
             threads=threads,
             repack=repack,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from llama_moe import LoraAdapter
     from llama_moe.model import HostMemory
 
 
@@ -33,6 +34,7 @@ def run_bench(
     host_memory: str,
     repack: bool,
     rpc: Sequence[str],
+    lora: Sequence[LoraAdapter],
     quality: Path | None,
     quality_tokens: int | None,
     against: Path | None,
@@ -57,6 +59,7 @@ def run_bench(
         threads_batch=threads_batch,
         host_memory=cast("HostMemory", host_memory),
         repack=repack,
+        lora=lora,
         quality=text,
         quality_tokens=1024 if quality_tokens is None else quality_tokens,
         against=against,

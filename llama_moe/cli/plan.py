@@ -21,6 +21,7 @@ from .console import EXIT_FAILURE, note
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from llama_moe import LoraAdapter
     from llama_moe.prediction import Prediction
 
 _TITLES = {"gpu": "all on GPU", "cpu": "experts on CPU", "fit": "fitted"}
@@ -39,6 +40,7 @@ def show_plans(
     kv_type: str,
     gpu_layers: int | None,
     rpc: Sequence[str],
+    lora: Sequence[LoraAdapter],
     predict: bool,
     as_json: bool,
 ) -> None:
@@ -73,6 +75,7 @@ def show_plans(
                     max_sequences=max_sequences,
                     kv_type=kv_type,
                     gpu_layers="all" if gpu_layers is None else gpu_layers,
+                    lora=lora,
                 )
             except DoesNotFitError as error:
                 failure = error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llama_moe
-from llama_moe import ExpertPlacement, Model, SamplingParams, Speculative
+from llama_moe import ExpertPlacement, LoraAdapter, Model, SamplingParams, Speculative
 from llama_moe._options import Default
 
 from .console import check_one_of, note, progress, regex_rules, stream_to_stdout, text_of
@@ -35,6 +35,18 @@ def choose_placement(*, cpu_moe: bool, n_cpu_moe: int | None, experts_on: Sequen
     if n_cpu_moe is not None:
         return ExpertPlacement.cpu_first(n_cpu_moe)
     return ExpertPlacement.rules(regex_rules(experts_on, "DEVICE", "--experts-on")) if experts_on else ExpertPlacement.fit()
+
+
+def choose_lora(texts: Sequence[str]) -> list[LoraAdapter]:
+    """The adapters that FILE[=SCALE] stand for; a scale that is no number is part of the file's name."""
+    adapters = []
+    for text in texts:
+        file, _, number = text.rpartition("=")
+        try:
+            adapters.append(LoraAdapter(file, float(number)) if file and not Path(text).exists() else LoraAdapter(text))
+        except ValueError:
+            adapters.append(LoraAdapter(text))
+    return adapters
 
 
 def choose_sampling(
@@ -72,6 +84,7 @@ class EngineChoice:
     threads: int | None
     repack: bool | None
     profile: str | None
+    lora: Sequence[LoraAdapter]
 
 
 def open_engine(stack: contextlib.ExitStack, choice: EngineChoice) -> Engine:
@@ -93,6 +106,7 @@ def open_engine(stack: contextlib.ExitStack, choice: EngineChoice) -> Engine:
             speculative=speculative,
             repack=Default(True) if choice.repack is None else choice.repack,
             profile=choice.profile,
+            lora=choice.lora,
             on_progress=on_progress,
         )
     return stack.enter_context(engine)

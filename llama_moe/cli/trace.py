@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from llama_moe import CacheSimulation, Engine, RoutingTrace
+    from llama_moe import CacheSimulation, Engine, LoraAdapter, RoutingTrace
     from llama_moe.routing_cache import CachePolicy
 
 _POLICIES: tuple[CachePolicy, ...] = ("lru", "lfu", "static")
@@ -35,6 +35,7 @@ def trace_model(
     generate: int | None,
     experts: ExpertPlacement,
     rpc: Sequence[str],
+    lora: Sequence[LoraAdapter],
     context_size: int,
     threads: int | None,
     repack: bool,
@@ -55,7 +56,7 @@ def trace_model(
     with (
         progress("Loading") as on_progress,
         llama_moe.load(
-            model, experts=experts, context_size=context_size, threads=threads, repack=repack, on_progress=on_progress
+            model, experts=experts, context_size=context_size, threads=threads, repack=repack, lora=lora, on_progress=on_progress
         ) as engine,
     ):
         with engine.trace_routing(choices=bool(cache_slots) or save is not None) as routing:

@@ -22,7 +22,7 @@ class MemoryRow(BaseModel):
     """Bytes of one role on one device."""
 
     device: str
-    role: str = Field(description='"experts", "weights" (all others), "kv_cache", "compute" or "overhead".')
+    role: str = Field(description='"experts", "weights" (all others), "adapters" (LoRA), "kv_cache", "compute" or "overhead".')
     bytes: int
 
 

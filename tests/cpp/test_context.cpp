@@ -439,7 +439,7 @@ TEST_CASE("a state that does not belong is refused and changes nothing") {
     wider.layers = 3;
     const auto other_model = test::load_tiny_model(wider);
     const auto other = Context::create(other_model, small_options(2));
-    CHECK_EQ(CHECK_THROWS(InvalidOptionError, other->load_state(sequence, 0)), "the saved state is of another model");
+    CHECK_EQ(CHECK_THROWS(InvalidOptionError, other->load_state(sequence, 0)), "the saved state is of another model, or of other LoRA adapters");
 }
 
 TEST_CASE("a state is refused by a context of another size or type, which stays usable") {

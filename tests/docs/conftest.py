@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.chat_templates import HERMES
+from tests.support.lora_files import weights_of, write_lora
 from tests.support.processes import COMMAND, environment, python, run_on_one_core
 from tests.support.tiny_models import MODELS, write_tiny_model
 
@@ -30,7 +31,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shape = replace(MODELS["qwen3moe"], context_length=4096, chat_template=HERMES)
     model = write_tiny_model(folder / "model.gguf", replace(shape, layers=24))
     small = write_tiny_model(folder / "small.gguf", replace(shape, layers=2))
-    return {"model.gguf": model, "small.gguf": small, "model-F16.gguf": model, "model-Q8_0.gguf": model, "model-Q4_K_M.gguf": model}
+    adapters = {name: folder / name for name in ("adapter.gguf", "style.gguf")}
+    for path in adapters.values():
+        write_lora(path, weights_of(model, containing=("attn_q.", "ffn_up_exps.")), architecture=shape.architecture)
+    return adapters | {
+        "model.gguf": model,
+        "small.gguf": small,
+        "model-F16.gguf": model,
+        "model-Q8_0.gguf": model,
+        "model-Q4_K_M.gguf": model,
+    }
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
 
-__all__ = ["Value", "edited_copy", "sparse_copy"]
+__all__ = ["Value", "begin_copy", "edited_copy", "finish_copy", "sparse_copy", "split_copy"]
 
 # A value with its GGUF type.
 Value = tuple[object, gguf.GGUFValueType]
@@ -31,19 +32,39 @@ def edited_copy(
         without: Keys to leave out.
         without_tensors: Names of tensors to leave out.
     """
-    reader, writer = _begin(source, metadata or {}, without)
+    reader, writer = begin_copy(source, metadata or {}, without)
     for tensor in reader.tensors:
         if tensor.name not in without_tensors:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    _write_header(writer, target)
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
+    return finish_copy(writer, target)
+
+
+def split_copy(source: Path, folder: Path, parts: int, *, name: str = "model") -> list[Path]:
+    """A model split as llama.cpp's gguf-split does it: the metadata in the first file, the tensors in all of them."""
+    kind = gguf.GGUFValueType
+    tensors = gguf.GGUFReader(source).tensors
+    cuts = [len(tensors) * part // parts for part in range(parts + 1)]
+    files = []
+    for part in range(parts):
+        counts: dict[str, Value] = {
+            "split.no": (part, kind.UINT16),
+            "split.count": (parts, kind.UINT16),
+            "split.tensors.count": (len(tensors), kind.INT32),
+        }
+        reader, writer = begin_copy(source, counts) if part == 0 else (None, gguf.GGUFWriter(None, ""))
+        if reader is None:
+            writer.kv_data[0].clear()
+            for key, (value, value_kind) in counts.items():
+                writer.add_key_value(key, value, value_kind)
+        for tensor in tensors[cuts[part] : cuts[part + 1]]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        files.append(finish_copy(writer, folder / f"{name}-{part + 1:05d}-of-{parts:05d}.gguf"))
+    return files
 
 
 def sparse_copy(source: Path, target: Path, *, factor: int, metadata: Mapping[str, Value]) -> Path:
     """A copy whose experts are `factor` times as wide, and whose weights are a hole in the file: any size takes no room on the disk."""
-    reader, writer = _begin(source, metadata, ())
+    reader, writer = begin_copy(source, metadata)
     size = 0
     for tensor in reader.tensors:
         shape, grown = list(tensor.data.shape), tensor.data.nbytes
@@ -64,7 +85,8 @@ def _padded(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def _begin(source: Path, metadata: Mapping[str, Value], without: Collection[str]) -> tuple[Any, Any]:
+def begin_copy(source: Path, metadata: Mapping[str, Value] = MappingProxyType({}), without: Collection[str] = ()) -> tuple[Any, Any]:
+    """A reader of a model, and a writer that has its metadata, with these changes, and no tensors yet."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(None, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
@@ -79,6 +101,14 @@ def _begin(source: Path, metadata: Mapping[str, Value], without: Collection[str]
     if "general.architecture" in without:
         del writer.kv_data[0]["general.architecture"]
     return reader, writer
+
+
+def finish_copy(writer: Any, target: Path) -> Path:
+    """Writes what the writer was given."""
+    _write_header(writer, target)
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 def _write_header(writer: Any, target: Path) -> None:

@@ -13,4 +13,8 @@ void set_eval_callback(llama_context* context, ggml_backend_sched_eval_callback 
     ggml_backend_sched_set_eval_callback(context->get_sched(), callback, data);
 }
 
+void reserve_compute_buffers(llama_context* context) {
+    context->sched_reserve();
+}
+
 }  // namespace llama_moe

@@ -10,4 +10,8 @@ namespace llama_moe {
 // Between two calls of llama_decode, on a context that is not computing.
 void set_eval_callback(llama_context* context, ggml_backend_sched_eval_callback callback, void* data);
 
+// Reserves the compute buffers of a context now, if what they depend on changed since it was made, and not in its next decode. Throws
+// std::exception when there is no memory for them.
+void reserve_compute_buffers(llama_context* context);
+
 }  // namespace llama_moe

@@ -157,6 +157,46 @@ void add_tensors(GgufInfo& info, const gguf_context* gguf, const std::string& pa
     }
 }
 
+std::int64_t split_number(const GgufInfo& info, const char* key, std::int64_t otherwise) {
+    const auto found = info.metadata.find(key);
+    return found == info.metadata.end() ? otherwise : to_integer(found->second).value_or(otherwise);
+}
+
+// ", the second of 3 files"
+std::string part_text(const GgufInfo& info) {
+    const auto number = split_number(info, "split.no", -1);
+    return number < 0 ? "" : ", file " + std::to_string(number + 1) + " of " + std::to_string(split_number(info, "split.count", 1));
+}
+
+// A file that was renamed, or is of another model, would be read in another one's place.
+void check_part(const GgufInfo& part, std::size_t index, const std::vector<std::string>& files) {
+    const auto number = split_number(part, "split.no", -1);
+    const auto count = split_number(part, "split.count", 0);
+    if (number != static_cast<std::int64_t>(index) || count != static_cast<std::int64_t>(files.size())) {
+        throw ModelLoadError("'" + part.path + "' is not file " + std::to_string(index + 1) + " of " + std::to_string(files.size()) + " of the split model '" +
+                             files.front() + "': " +
+                             (count < 1 ? "it is no part of a split model" : "its header says that it is file " + std::to_string(number + 1) + " of " + std::to_string(count)) +
+                             "; was it renamed?");
+    }
+}
+
+// Every tensor once, and as many as the first file says.
+void check_split_tensors(const GgufInfo& info) {
+    std::map<std::string, std::size_t> file_of;
+    for (const auto& tensor : info.tensors) {
+        const auto [known, is_new] = file_of.emplace(tensor.name, tensor.file);
+        if (!is_new) {
+            throw ModelLoadError("'" + info.files[tensor.file] + "' has a tensor '" + tensor.name + "' that '" + info.files[known->second] +
+                                 "' has too; they are not of one split model");
+        }
+    }
+    const auto expected = split_number(info, "split.tensors.count", static_cast<std::int64_t>(info.tensors.size()));
+    if (expected != static_cast<std::int64_t>(info.tensors.size())) {
+        throw ModelLoadError("the split model '" + info.path + "' has " + std::to_string(info.tensors.size()) + " tensors in its " +
+                             std::to_string(info.files.size()) + " files; its header says that there are " + std::to_string(expected));
+    }
+}
+
 std::vector<std::string> split_files(const std::string& path, const GgufInfo& info) {
     const auto found = info.metadata.find("split.count");
     const std::int64_t count = found == info.metadata.end() ? 1 : to_integer(found->second).value_or(1);
@@ -165,8 +205,9 @@ std::vector<std::string> split_files(const std::string& path, const GgufInfo& in
     }
     std::vector<char> buffer(path.size() + 64);
     if (count > 9999 || llama_split_prefix(buffer.data(), buffer.size(), path.c_str(), 0, static_cast<int>(count)) <= 0) {
-        throw ModelLoadError("'" + path + "' is part of a split model; give its first file, named like model-00001-of-" +
-                             std::to_string(count) + ".gguf");
+        const std::string digits = std::to_string(count);
+        throw ModelLoadError("'" + path + "' is part of a split model" + part_text(info) + "; give its first file, named like model-00001-of-" +
+                             std::string(digits.size() < 5 ? 5 - digits.size() : 0, '0') + digits + ".gguf, with the others beside it");
     }
     const std::string prefix(buffer.data());
     std::vector<std::string> files;
@@ -197,24 +238,48 @@ void check_heads(const GgufInfo& info) {
     }
 }
 
+void read_metadata(GgufInfo& info, const gguf_context* gguf) {
+    for (std::int64_t key = 0; key < gguf_get_n_kv(gguf); key++) {
+        if (!is_vocabulary(gguf, key)) {
+            info.metadata.emplace(gguf_get_key(gguf, key), read_value(gguf, key));
+        }
+    }
+}
+
+// The files of a split model but the first.
+void read_parts(GgufInfo& info) {
+    for (std::size_t i = 1; i < info.files.size(); i++) {
+        GgufInfo part;
+        part.path = info.files[i];
+        std::uint64_t size = 0;
+        try {
+            size = check_gguf_file(part.path);
+        } catch (const FileNotFoundError& error) {
+            throw FileNotFoundError(std::string(error.what()) + ", which is file " + std::to_string(i + 1) + " of the " +
+                                    std::to_string(info.files.size()) + " of the split model '" + info.path + "'");
+        }
+        const GgufPtr gguf = open_gguf(part.path);
+        read_metadata(part, gguf.get());
+        check_part(part, i, info.files);
+        add_tensors(info, gguf.get(), part.path, size, i);
+    }
+}
+
 GgufInfo read_header(const std::string& path) {
     GgufInfo info;
     info.path = path;
     const std::uint64_t size = check_gguf_file(path);
     {
         const GgufPtr gguf = open_gguf(path);
-        for (std::int64_t key = 0; key < gguf_get_n_kv(gguf.get()); key++) {
-            if (!is_vocabulary(gguf.get(), key)) {
-                info.metadata.emplace(gguf_get_key(gguf.get(), key), read_value(gguf.get(), key));
-            }
-        }
+        read_metadata(info, gguf.get());
         info.vocab_size = vocabulary_size(gguf.get());
         add_tensors(info, gguf.get(), path, size, 0);
     }
     info.files = split_files(path, info);
-    for (std::size_t i = 1; i < info.files.size(); i++) {
-        const std::uint64_t part_size = check_gguf_file(info.files[i]);
-        add_tensors(info, open_gguf(info.files[i]).get(), info.files[i], part_size, i);
+    if (info.files.size() > 1) {
+        check_part(info, 0, info.files);
+        read_parts(info);
+        check_split_tensors(info);
     }
     const auto architecture = info.metadata.find("general.architecture");
     const auto* name = architecture == info.metadata.end() ? nullptr : std::get_if<std::string>(&architecture->second);

@@ -158,12 +158,22 @@ std::shared_ptr<LoadedModel> prepare(const GgufInfo& gguf, const ResolvedPlaceme
     return loaded;
 }
 
+void add_lora_memory(LoadedModel& loaded) {
+    loaded.memory.insert(loaded.memory.end(), loaded.loras.memory.begin(), loaded.loras.memory.end());
+}
+
 }  // namespace
 
 std::shared_ptr<LoadedModel> load_model(const GgufInfo& gguf, const ModelOptions& options, const ResolvedPlacement& placement,
                                         std::shared_ptr<const Accelerators> accelerators, LoadControl& control) {
+    const auto loras = read_loras(gguf, options.lora);  // what is wrong with them is said before the weights are read
     auto loaded = prepare(gguf, placement, std::move(accelerators));
     load_native(*loaded, gguf, native_params(*loaded, options, placement), control);
+    for (const auto& file : loras) {
+        loaded->loras.load(loaded->model, file);
+        loaded->fingerprint = (loaded->fingerprint ^ fingerprint(file)) * 1099511628211ull;
+    }
+    add_lora_memory(*loaded);
     return loaded;
 }
 
@@ -177,6 +187,10 @@ std::shared_ptr<LoadedModel> open_dry(const GgufInfo& gguf, const ModelOptions& 
     params.kv_overrides = overrides.empty() ? nullptr : overrides.data();
     LoadControl control;
     load_native(*loaded, gguf, params, control);
+    for (const auto& file : read_loras(gguf, options.lora)) {
+        loaded->loras.open_dry(loaded->model, file);
+    }
+    add_lora_memory(*loaded);
     return loaded;
 }
 

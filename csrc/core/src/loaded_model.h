@@ -12,6 +12,7 @@
 #include "llama.h"
 #include "llama_moe/memory.h"
 #include "llama_moe/placement.h"
+#include "lora.h"
 #include "worker_graphs.h"
 
 namespace llama_moe {
@@ -25,7 +26,9 @@ struct LoadedModel {
 
     llama_model* model = nullptr;
     const llama_vocab* vocab = nullptr;
-    std::uint64_t fingerprint = 0;  // differs between models, for saved states
+    std::uint64_t fingerprint = 0;  // differs between models, and what adapters they have, for saved states
+
+    LoadedLoras loras;
 
     std::shared_ptr<const Accelerators> accelerators;
     bool dry = false;  // opened to be measured: it holds no weights
@@ -40,7 +43,7 @@ struct LoadedModel {
     int layers = 0;
     std::uint64_t kv_elements_per_token = 0;  // of one layer; 0: not known exactly
     bool mapped = false;            // host weights are a mapping of the file
-    std::vector<MemoryRow> memory;  // experts and weights by device, as allocated
+    std::vector<MemoryRow> memory;  // experts, weights and adapters by device, as allocated
 };
 
 struct LoadControl {

@@ -132,6 +132,9 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
     } catch (const NativeAbort& abort) {
         reason = abort.what();
     }
+    if (context_ != nullptr && !model_->loras.adapters.empty()) {
+        reason = add_loras();
+    }
     if (context_ == nullptr) {
         reason = reason.empty() ? errors.text("llama.cpp gave no reason") : reason;
         const std::string what = "a context of " + std::to_string(params.n_ctx) + " tokens could not be made: " + reason;
@@ -155,6 +158,21 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
     limits_.threads_batch = llama_n_threads_batch(context_);
     if (use.routing) {
         routing_ = std::make_unique<RoutingReader>(context_, use.routing, params.kv_unified || limits_.max_sequences == 1);
+    }
+}
+
+// The reason why it could not be done, after which there is no context; "" if there is none.
+std::string NativeContext::add_loras() {
+    try {
+        use_loras(context_, model_->loras);
+        return "";
+    } catch (const NativeAbort& abort) {
+        abandon();
+        return abort.what();
+    } catch (const std::exception& error) {
+        llama_free(context_);
+        context_ = nullptr;
+        return error.what();
     }
 }
 

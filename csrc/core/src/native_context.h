@@ -3,6 +3,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "llama.h"
@@ -57,6 +58,8 @@ class NativeContext {
     void truncate(int sequence, int start);
 
    private:
+    std::string add_loras();
+
     std::shared_ptr<LoadedModel> model_;
     WorkerUse worker_use_;
     std::function<bool()> should_abort_;

@@ -82,7 +82,7 @@ std::string_view unpack_state(std::string_view data, StateKind kind) {
 
 void check_state_model(std::string_view data, std::uint64_t model_fingerprint) {
     if (read_header(data).model_fingerprint != model_fingerprint) {
-        throw InvalidOptionError("the saved state is of another model");
+        throw InvalidOptionError("the saved state is of another model, or of other LoRA adapters");
     }
 }
 

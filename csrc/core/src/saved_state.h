@@ -18,7 +18,7 @@ void write_state_header(std::string& data, StateKind kind, std::uint64_t model_f
 // The payload. Throws InvalidOptionError for what is damaged or of another kind or version.
 std::string_view unpack_state(std::string_view data, StateKind kind);
 
-// Throws InvalidOptionError when the state is of another model.
+// Throws InvalidOptionError when the state is of another model, or of the model with other adapters.
 void check_state_model(std::string_view data, std::uint64_t model_fingerprint);
 
 }  // namespace llama_moe

@@ -1,6 +1,6 @@
 /** The memory of each loaded model, by device and role. */
 
-const NAMES = { experts: "Experts", weights: "Other weights", kv_cache: "KV cache", compute: "Compute buffers", overhead: "Overhead" };
+const NAMES = { experts: "Experts", weights: "Other weights", adapters: "LoRA adapters", kv_cache: "KV cache", compute: "Compute buffers", overhead: "Overhead" };
 const ORDER = Object.keys(NAMES);
 const UNITS = [
   [2 ** 30, "GiB", 2],

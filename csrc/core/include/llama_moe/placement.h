@@ -41,6 +41,12 @@ struct DeviceSpec {
     std::uint64_t overhead = 0;  // bytes of it that its driver takes
 };
 
+// A LoRA adapter: a file, and how much of it is added to the weights.
+struct LoraOptions {
+    std::string path;
+    float scale = 1.0f;
+};
+
 struct ModelOptions {
     std::optional<std::vector<std::string>> devices;  // accelerators to use; unset: all; empty: none
     std::vector<DeviceSpec> hypothetical_devices;     // for plans: accelerators besides; with some, unset `devices` are none
@@ -48,6 +54,7 @@ struct ModelOptions {
     std::string host_memory = "mmap";                 // "mmap", "pageable", "pinned" or "locked"
     bool repack = true;                               // let llama.cpp rearrange CPU weights for its vector kernels
     bool check_tensors = false;                       // look for NaN and invalid blocks while loading
+    std::vector<LoraOptions> lora;                    // adapters to load beside the weights
     EngineOptions fit_for;                            // the engine that fit() leaves room for
 
     void validate() const;
