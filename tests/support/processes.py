@@ -49,7 +49,7 @@ def cli(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]
 
 
 def run_on_one_core(
-    command: Sequence[str], *, stdin: str = "", cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 240
+    command: Sequence[str], *, stdin: str = "", cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 280
 ) -> subprocess.CompletedProcess[str]:
     """Runs a program to its end on one core, and ends whatever it left running.
 
