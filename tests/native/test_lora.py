@@ -139,6 +139,26 @@ def test_a_plan_for_a_gpu_that_is_not_here_counts_it_too(path: Path, adapter: Pa
     assert rows["GPU", "adapters"] >= size_of(adapter, "") - size_of(adapter, "_exps")
 
 
+def test_adapters_of_experts_in_host_memory_are_not_copied_to_the_gpu(path: Path, folder: Path) -> None:
+    write_lora(folder / "wide.gguf", weights_of(path, containing=("_exps",)), architecture="llama", rank=64)
+
+    def on_gpu(*lora: Path) -> int:
+        spec = DeviceSpec("GPU", "1GiB")
+        # Fewer tokens at once than those for which llama.cpp would copy weights too.
+        return llama_moe.plan(path, devices=spec, experts="cpu", lora=lora, context_size=256, micro_batch_size=16).device_bytes
+
+    assert on_gpu(folder / "wide.gguf") == on_gpu()
+
+
+def test_an_importance_matrix_is_of_the_weights_alone(path: Path, adapter: Path, tmp_path: Path) -> None:
+    def entries(*lora: Path) -> set[str]:
+        with Model(path, devices=[], lora=lora) as model:
+            report = llama_moe.imatrix(model, "One, two, three, four. " * 40, tmp_path / "imatrix.gguf", context_size=64)
+        return {entry.name for entry in report.entries}
+
+    assert entries(adapter) == entries()
+
+
 def test_fit_leaves_room_for_it(path: Path, adapter: Path) -> None:
     def needed(lora: list[Path]) -> int:
         return llama_moe.plan(path, devices=DeviceSpec("GPU", "1GiB"), experts="gpu", lora=lora, context_size=256).device_bytes

@@ -40,7 +40,7 @@ bool ImatrixCollector::wants(const ggml_tensor* node) const {
         return false;
     }
     const std::string name = weights_name(node->src[0]);
-    const bool of_layer = name.rfind("blk.", 0) == 0;
+    const bool of_layer = name.rfind("blk.", 0) == 0 && name.find(".lora_") == std::string::npos;  // an adapter's are not the model's
     if (node->op == GGML_OP_MUL_MAT_ID) {
         return of_layer && inputs->ne[3] == 1;
     }

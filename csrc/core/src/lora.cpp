@@ -222,6 +222,11 @@ void LoadedLoras::open_dry(llama_model* model, const LoraFile& file) {
 }
 
 void LoadedLoras::add(llama_adapter_lora* adapter, float scale) {
+    // As weights have it: otherwise the scheduler copies an adapter of experts in host memory to the accelerator for each token, where it
+    // now computes beside the experts.
+    for (const auto& buffer : adapter->bufs) {
+        ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    }
     adapters.push_back(adapter);
     scales.push_back(scale);
     for (const auto& [name, pair] : adapter->ab_map) {
