@@ -214,22 +214,59 @@ def start(engine: Engine, requests: Sequence[Request], timeout: object) -> list[
     return streams
 
 
-def start_chat(
-    engine: Engine, prompt: ChatPrompt, *, ids: list[int] | None = None, params: SamplingParams | None = None, timeout: object = None
-) -> AsyncChatStream:
+def start_chat(engine: Engine, prompt: ChatPrompt, *, timeout: object = None) -> AsyncChatStream:
     """Submits a conversation whose prompt was made before; the stream belongs to the running event loop.
-
-    Args:
-        engine: what answers.
-        prompt: of the engine's model.
-        ids: its tokens, where they are known.
-        params: in place of those that the prompt was made with, from which they may differ in nothing but chance.
-        timeout: as for `Engine.chat`.
 
     Raises:
         RuntimeError: no event loop runs in this thread.
     """
-    (tokens,) = start(engine, [(prompt.text if ids is None else ids, prompt._options(params))], timeout)
+    (tokens,) = start(engine, [(prompt.text, prompt._options())], timeout)
+    return AsyncChatStream(tokens, prompt.parser())
+
+
+async def open_stream(engine: Engine, request: Request, timeout: float | None) -> AsyncTokenStream:
+    """Does what `start` does with one request, on another thread: compiling a large grammar takes seconds.
+
+    Raises:
+        RuntimeError: no event loop runs in this thread.
+    """
+    loop = asyncio.get_running_loop()
+    hub = _hub_of(loop)
+    tag = hub.open()
+    prompt, sampling = request
+    submit = partial(engine._native.submit, prompt, sampling, timeout=timeout, notifier=hub.notifier, tag=tag)
+    submitting = loop.run_in_executor(None, submit)
+    try:
+        generation = await asyncio.shield(submitting)
+    except BaseException:
+        if submitting.done():
+            _forget(hub, tag, submitting)
+        else:
+            submitting.add_done_callback(partial(_forget, hub, tag))
+        raise
+    return AsyncTokenStream(generation, engine, hub, tag, timeout, logprobs=sampling.logprobs is not None)
+
+
+def _forget(hub: _Hub, tag: int, submitting: asyncio.Future[_core.Generation]) -> None:
+    """Ends what was submitted when nobody waited for it any more."""
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
+    hub.release(tag)
+
+
+async def open_chat(
+    engine: Engine, prompt: ChatPrompt, ids: list[int], *, params: SamplingParams, timeout: float | None
+) -> AsyncChatStream:
+    """Does what `start_chat` does, on another thread.
+
+    Args:
+        engine: what answers.
+        prompt: of the engine's model.
+        ids: its tokens.
+        params: in place of those that the prompt was made with, from which they may differ in nothing but chance.
+        timeout: as for `Engine.chat`.
+    """
+    tokens = await open_stream(engine, (ids, prompt._options(params)), timeout)
     return AsyncChatStream(tokens, prompt.parser())
 
 

@@ -70,8 +70,8 @@ def create_app(settings: ServerSettings) -> FastAPI:
         dependencies=[] if settings.api_key is None else [Depends(_key)],
     )
     app.state.server = state
-    add_handlers(app)
     app.add_middleware(Gate, state=state)
+    add_handlers(app)
     app.add_middleware(RequestMeter, metrics=figures)  # around the gate: what that refuses is counted too
     for router in ROUTERS:
         app.include_router(router)

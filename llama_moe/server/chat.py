@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from llama_moe import SamplingParams
-from llama_moe.aio import start_chat
+from llama_moe.aio import open_chat
 
 from .chat_types import (
     AnswerMessage,
@@ -87,7 +87,7 @@ class ChatCall:
         try:
             for index in range(choices):
                 params = with_seed(self.params, index)
-                streams.append(start_chat(served.engine, prompt, ids=ids, params=params, timeout=settings.timeout))
+                streams.append(await open_chat(served.engine, prompt, ids, params=params, timeout=settings.timeout))
         except BaseException:
             for stream in streams:
                 await stream.aclose()
@@ -165,7 +165,7 @@ async def chat_completions(body: ChatRequest, request: Request, state: State) ->
     check_choices(choices, state.settings)
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
-    call = chat_call(body, state.settings)
+    call = await asyncio.to_thread(chat_call, body, state.settings)  # schemas are compiled in there
     async with AsyncExitStack() as held:
         served = await held.enter_async_context(state.pool.use(body.model))
         streams = await call.start(served, state.settings, choices=choices)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
+
+from llama_moe.aio import open_stream
 
 from .chat import check_prompt
 from .chat_types import StreamOptions
@@ -87,7 +90,8 @@ async def completions(body: CompletionRequest, request: Request, state: State) -
     """Goes on with texts, as they are: no chat template is used."""
     _check_supported(body)
     choices = body.n or 1
-    params = sampling_params(
+    params = await asyncio.to_thread(  # schemas are compiled in there
+        sampling_params,
         body,
         state.settings,
         max_tokens=min(DEFAULT_MAX_TOKENS, state.settings.max_tokens or DEFAULT_MAX_TOKENS) if body.max_tokens is None else body.max_tokens,
@@ -102,7 +106,7 @@ async def completions(body: CompletionRequest, request: Request, state: State) -
         streams: list[AsyncTokenStream] = []
         for prompt in prompts:
             for index in range(choices):
-                stream = served.engine.astream(prompt, with_seed(params, index), timeout=state.settings.timeout)
+                stream = await open_stream(served.engine, (prompt, with_seed(params, index)._to_native()), state.settings.timeout)
                 held.push_async_callback(stream.aclose)
                 streams.append(stream)
         if body.stream:

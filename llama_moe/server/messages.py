@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -89,7 +91,7 @@ def chat_call(request: CountRequest, settings: ServerSettings) -> ChatCall:
 )
 async def create_message(body: MessageRequest, request: Request, state: State) -> Response:
     """Answers a conversation. If the assistant has the last message, the answer goes on with it."""
-    call = chat_call(body, state.settings)
+    call = await asyncio.to_thread(chat_call, body, state.settings)  # schemas are compiled in there
     async with AsyncExitStack() as held:
         served = await held.enter_async_context(state.pool.use(body.model))
         prompt_tokens = await call.count(served) if body.stream else 0
@@ -106,7 +108,7 @@ async def create_message(body: MessageRequest, request: Request, state: State) -
 @router.post(f"{PATH}/count_tokens")
 async def count_tokens(body: CountRequest, state: State) -> TokenCount:
     """Counts the tokens of the prompt that a request for a message would have. Nothing is generated."""
-    call = chat_call(body, state.settings)
+    call = await asyncio.to_thread(chat_call, body, state.settings)  # schemas are compiled in there
     async with AsyncExitStack() as held:
         served = await held.enter_async_context(state.pool.use(body.model))
         return TokenCount(input_tokens=await call.count(served))
@@ -123,10 +125,12 @@ async def _events(
         if builder.stopped:
             await stream.aclose()
             break
-    if not builder.stopped:
-        check_ended(stream.completion)
-    state.completed(served, stream.completion)
-    for event in builder.finish(stream.completion, max_tokens=max_tokens):
+    completion = stream.completion
+    if builder.stopped:
+        completion = replace(completion, finish_reason="stop")
+    check_ended(completion)
+    state.completed(served, completion)
+    for event in builder.finish(completion, max_tokens=max_tokens):
         yield event
 
 

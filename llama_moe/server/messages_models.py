@@ -157,7 +157,7 @@ class OutputConfig(RequestModel):
 class CountRequest(FurtherSampling):
     """The body of a request for the length of a prompt."""
 
-    model: str
+    model: str | None = Field(default=None, description="Which model; may be left out where there is one only.")
     messages: list[InputMessage] = Field(min_length=1)
     system: TextContent | None = None
     tools: list[Tool] | None = None

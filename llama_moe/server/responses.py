@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,7 @@ def chat_call(request: ResponseRequest, settings: ServerSettings) -> ChatCall:
 )
 async def create_response(body: ResponseRequest, request: Request, state: State) -> HttpResponse:
     """Answers a conversation. Nothing is stored: the next request has to send all of it again."""
-    call = chat_call(body, state.settings)
+    call = await asyncio.to_thread(chat_call, body, state.settings)  # schemas are compiled in there
     async with AsyncExitStack() as held:
         served = await held.enter_async_context(state.pool.use(body.model))
         (stream,) = await call.start(served, state.settings)

@@ -183,7 +183,7 @@ class Reasoning(RequestModel):
 class ResponseRequest(FurtherSampling):
     """The body of a request for a response."""
 
-    model: str
+    model: str | None = Field(default=None, description="Which model; may be left out where there is one only.")
     input: Annotated[
         Annotated[str, Tag("text")] | Annotated[list[InputItem], Field(min_length=1), Tag("list")], Discriminator(_text_or_list)
     ] = Field(description="The question, or the whole conversation.")

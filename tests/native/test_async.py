@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llama_moe import AsyncTokenStream, Completion, Engine, Model, SamplingParams, Token, _core
+from llama_moe import AsyncTokenStream, Completion, Engine, Model, SamplingParams, Token, _core, aio
 from llama_moe.errors import ClosedError, ContextFullError, InvalidOptionError, LlamaMoeError, RequestTimeoutError
 from tests.support.loops import Loops, Run, until
 from tests.support.processes import run_python
@@ -442,3 +442,36 @@ def test_a_worker_that_dies_fails_the_task_that_waits(tiny_model: Callable[[str]
         tiny_model("qwen3moe"),
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "told\n", "")
+
+
+# ---- submitted on another thread
+
+
+BIG = SamplingParams(temperature=0, grammar="root ::= " + " | ".join(f'"v{number} " root' for number in range(8000)))
+
+
+def test_a_stream_that_is_opened_on_a_thread_is_like_any_other(run: Run, engine: Engine) -> None:
+    async def main() -> None:
+        ids = engine.model.tokenize("Hello")
+        stream = await aio.open_stream(engine, (ids, GREEDY._to_native()), None)
+        assert await text_of(stream) == (await engine.agenerate("Hello", GREEDY)).text
+        with pytest.raises(ContextFullError):
+            await aio.open_stream(engine, (ids * 300, GREEDY._to_native()), None)
+
+    run(main())
+
+
+def test_who_is_cancelled_while_a_stream_is_opened_leaves_nothing_behind(run: Run, one_place: Engine) -> None:
+    async def main() -> None:
+        ids = one_place.model.tokenize("Hello")
+        opening = asyncio.create_task(aio.open_stream(one_place, (ids, BIG._to_native()), None))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        assert one_place.stats()["requests_submitted"] == 0  # its grammar is still compiled
+        await until(lambda: one_place.stats()["requests_submitted"] == one_place.stats()["requests_finished"] == 1)
+        await is_free(one_place)
+
+    run(main())

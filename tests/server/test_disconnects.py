@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,10 @@ def test_a_stream_that_is_left_stops_within_a_step(local: LocalServer, engine: E
         ("/v1/completions", ENDLESS | {"prompt": ["a", "b"], "stream": True}),
         ("/v1/chat/completions", ENDLESS | {"messages": [{"role": "user", "content": "Hello"}]}),
         ("/v1/chat/completions", ENDLESS | {"messages": [{"role": "user", "content": "Hello"}], "stream": True}),
+        ("/v1/responses", {"input": "Hello", "ignore_eos": True}),
+        ("/v1/responses", {"input": "Hello", "ignore_eos": True, "stream": True}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 100_000, "ignore_eos": True}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 100_000, "ignore_eos": True, "stream": True}),
         ("/v1/embeddings", {"input": ["a " * 20_000] * 50}),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(key for key in value if key in ("n", "prompt", "stream")),
@@ -129,3 +134,16 @@ def test_a_body_that_does_not_come_is_not_waited_for(local: LocalServer, monkeyp
             answer += received
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"no more of the request body came" in answer
+
+
+def test_a_schema_that_takes_long_to_compile_holds_up_nobody(local: LocalServer, engine: Engine) -> None:
+    properties = {f"p{number}": {"type": "string"} for number in range(500)}
+    body = {"prompt": "Hello", "max_tokens": 2, "json_schema": {"type": "object", "properties": properties}}
+    with send(local, "/v1/completions", body) as client:
+        client.setblocking(False)
+        others = 0
+        while not select.select([client], [], [], 0)[0]:
+            assert local.client.get("/health").status_code == 200
+            others += 1
+    assert others > 3
+    is_free(local, engine)
