@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llama_moe.server")
 
 _LISTED_NAMES = 8
+# How the error begins of an engine whose device failed, such as a worker that died; all later requests fail like that.
+_LOST = "the engine is lost"
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +99,7 @@ class ModelPool:
         self._one_scan = asyncio.Lock()
         self._changed = asyncio.Event()
         self._reaper: asyncio.Task[None] | None = None
+        self._unloading: set[asyncio.Task[None]] = set()  # which asyncio itself would forget
         self._started = False
         self._closing = False
 
@@ -156,6 +159,10 @@ class ModelPool:
             if place.served is None:  # closed as soon as it was loaded
                 raise shutting_down()
             yield place.served
+        except errors.DecodeError as error:
+            if str(error).startswith(_LOST):
+                self._give_up(place)
+            raise
         finally:
             self._release(place)
 
@@ -171,7 +178,7 @@ class ModelPool:
             place.unused.set()
             place.gone.set()
         await asyncio.gather(*loads, return_exceptions=True)
-        await asyncio.gather(*(self._close_engine(place) for place in places))
+        await asyncio.gather(*(self._close_engine(place) for place in places), *self._unloading)
         self._places.clear()
 
     async def _find(self, name: str | None) -> ModelFile:
@@ -272,6 +279,18 @@ class ModelPool:
         await self._close_engine(place)
         self._forget(place)
         logger.info("unloaded %r", place.file.name)
+
+    def _give_up(self, place: _Place) -> None:
+        """Unloads a model whose engine can compute nothing any more; who asks for it next loads it anew, on the devices that are left.
+
+        Closing such an engine may take seconds, which nobody has to wait for.
+        """
+        if not place.leaving and not self._closing:
+            logger.error("the engine of %r is lost; it will be loaded anew", place.file.name)
+            unloading = asyncio.create_task(self._unload(place))
+            self._forget(place)
+            self._unloading.add(unloading)
+            unloading.add_done_callback(self._unloading.discard)
 
     async def _close_engine(self, place: _Place) -> None:
         if place.served is None:

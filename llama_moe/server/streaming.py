@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from contextlib import AsyncExitStack
@@ -49,13 +50,13 @@ class StreamResponse(EventSourceResponse):
 
     def __init__(self, events: AsyncIterator[ServerSentEvent], *, request: Request, state: ServerState, held: AsyncExitStack) -> None:
         # A server that stops ends the streams itself, by closing their models; until then they may go on.
+        self._failure: Exception | None = None
         super().__init__(
-            _with_errors(events, request.url.path),
+            self._with_errors(events, request.url.path),
             shutdown_grace_period=state.settings.grace_seconds,
             send_timeout=_SEND_SECONDS,
             sep="\n",
         )
-        self._events = events
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,7 +66,24 @@ class StreamResponse(EventSourceResponse):
         except SendTimeoutError:
             logger.info("a client took nothing of its stream for %g s, which was ended", _SEND_SECONDS)
         finally:
+            await self._release()
+
+    async def _release(self) -> None:
+        failure = self._failure
+        if failure is None:
             await self._held.aclose()
+            return
+        # As if it had been raised where these were opened: a model's pool wants to know what became of it.
+        with contextlib.suppress(Exception):
+            await self._held.__aexit__(type(failure), failure, failure.__traceback__)
+
+    async def _with_errors(self, events: AsyncIterator[ServerSentEvent], path: str) -> AsyncGenerator[ServerSentEvent, None]:
+        try:
+            async for event in events:
+                yield event
+        except Exception as error:  # noqa: BLE001 - the response has begun: nobody else can tell the client
+            self._failure = error
+            yield error_event(path, as_api_error(error))
 
 
 def json_event(data: BaseModel | dict[str, Any], *, event: str | None = None) -> ServerSentEvent:
@@ -75,14 +93,6 @@ def json_event(data: BaseModel | dict[str, Any], *, event: str | None = None) ->
     else:
         text = data.model_dump_json(exclude_unset=True)
     return ServerSentEvent(text, event=event, sep="\n")
-
-
-async def _with_errors(events: AsyncIterator[ServerSentEvent], path: str) -> AsyncGenerator[ServerSentEvent, None]:
-    try:
-        async for event in events:
-            yield event
-    except Exception as error:  # noqa: BLE001 - the response has begun: nobody else can tell the client
-        yield error_event(path, as_api_error(error))
 
 
 def error_event(path: str, error: ApiError) -> ServerSentEvent:
