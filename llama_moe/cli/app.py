@@ -616,6 +616,7 @@ def serve(
         typer.Option("--profile", metavar="FILE", help="Fill what is not given from this profile; 'auto': what `llama-moe tune` kept."),
     ] = None,
     rpc: RpcOption = None,
+    lora: LoraOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what llama.cpp says, too.")] = False,
 ) -> None:
     """Serve models over HTTP, with the OpenAI API's shapes.
@@ -625,7 +626,7 @@ def serve(
     then have the time of --grace to end.
     """
     from .console import check_one_of
-    from .run import choose_placement
+    from .run import choose_lora, choose_placement
     from .serve import api_key_of, run_server
 
     with exit_codes():
@@ -658,6 +659,7 @@ def serve(
             repack=repack,
             profile=profile,
             rpc=rpc or [],
+            lora=choose_lora(lora or []),
             verbose=verbose,
         )
 

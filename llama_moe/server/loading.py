@@ -49,6 +49,7 @@ def _planned_options(settings: ServerSettings, path: Path) -> dict[str, Any]:
         "max_sequences": settings.parallel,
         "kv_type": settings.kv_type,
         "devices": settings.devices,
+        "lora": settings.lora,
     }
     for name in ("micro_batch_size", "host_memory", "repack"):
         if getattr(settings, name) is not None:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 from llama_moe._sizes import MIB, parse_size
 from llama_moe.errors import InvalidOptionError
+from llama_moe.lora import as_adapters
 from llama_moe.placement import ExpertPlacement, as_placement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llama_moe.lora import LoraLike
     from llama_moe.model import DevicesLike, HostMemory, StrPath
     from llama_moe.placement import PlacementLike
 
@@ -33,6 +35,7 @@ class ServerSettings:
         model_dirs: folders in which GGUF files are looked for, subfolders included. A file outside of them is never opened, also where a
             link leads there.
         experts: where the experts go, as for `llama_moe.load`.
+        lora: LoRA adapters, as for `llama_moe.load`; only for one of `models` and no `model_dirs`, since an adapter is of one model.
         context_size: tokens for each request, prompt and completion together; 0: what a model was trained for.
         context_pool: tokens of KV cache that all requests of a model share; None: `context_size` for each of `parallel`.
         parallel: requests of a model that are computed at once; more wait.
@@ -67,6 +70,7 @@ class ServerSettings:
     models: Sequence[StrPath] = ()
     model_dirs: Sequence[StrPath] = ()
     experts: PlacementLike = field(default_factory=ExpertPlacement.fit)
+    lora: LoraLike = ()
     context_size: int = 4096
     context_pool: int | None = None
     parallel: int = 4
@@ -103,6 +107,9 @@ class ServerSettings:
         if not self.models and not self.model_dirs:
             raise InvalidOptionError("there is nothing to serve: models and model_dirs are both empty")
         as_placement(self.experts)
+        object.__setattr__(self, "lora", as_adapters(self.lora))
+        if self.lora and (len(self.models) != 1 or self.model_dirs):
+            raise InvalidOptionError("lora: an adapter is of one model; give one of models and no model_dirs")
         object.__setattr__(self, "max_body_bytes", parse_size(self.max_body_bytes, "max_body_bytes"))
         if self.memory_budget is not None:
             object.__setattr__(self, "memory_budget", parse_size(self.memory_budget, "memory_budget"))

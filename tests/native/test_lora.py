@@ -15,6 +15,7 @@ from llama_moe import Context, Device, DeviceSpec, ExpertPlacement, LoraAdapter,
 from llama_moe.errors import InvalidOptionError, ModelLoadError
 from tests.support.lora_files import Floats, merged_copy, weights_of, write_lora
 from tests.support.processes import cli
+from tests.support.servers import ServerProcess
 
 if TYPE_CHECKING:
     from llama_moe.model import DevicesLike
@@ -322,6 +323,18 @@ def test_commands_take_it(path: Path, merged: Path, adapter: Path) -> None:
     missing = cli("run", path, "-p", "Hello", "--lora", "/no/such=2")
     assert missing.returncode == 1
     assert "no such file: '/no/such'" in missing.stderr
+
+
+def test_a_server_computes_with_it(path: Path, merged: Path, adapter: Path) -> None:
+    options = ["--ctx", 256, "--threads", 1, "--no-repack"]
+
+    def text(*arguments: object) -> str:
+        with ServerProcess("--model", *arguments, *options) as server:
+            body = {"model": Path(str(arguments[0])).stem, "prompt": "Hello", "max_tokens": 12, "temperature": 0}
+            answer = server.client.post("/v1/completions", json=body).raise_for_status().json()
+        return str(answer["choices"][0]["text"])
+
+    assert text(path, "--lora", f"{adapter}={SCALE}") == text(merged)
 
 
 def test_header_is_as_llama_cpp_writes_it(adapter: Path) -> None:
