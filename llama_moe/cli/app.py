@@ -599,7 +599,7 @@ def serve(
     max_prompt_tokens: Annotated[int | None, typer.Option("--max-prompt-tokens", min=1, metavar="N", help="Of one prompt.")] = None,
     max_choices: Annotated[int, typer.Option("--max-choices", min=1, metavar="N", help="Answers that one request may ask for.")] = 16,
     max_body: Annotated[str, typer.Option("--max-body", metavar="SIZE", help="Of one request.")] = "16MiB",
-    max_queue: Annotated[int, typer.Option("--max-queue", min=0, metavar="N", help="Requests that may wait.")] = 1024,
+    max_queue: Annotated[int, typer.Option("--max-queue", min=1, metavar="N", help="Requests that may wait.")] = 1024,
     timeout: Annotated[float | None, typer.Option("--timeout", min=0.0, metavar="S", help="Of one request, its wait included.")] = None,
     grace: Annotated[float, typer.Option("--grace", min=0.0, metavar="S", help="What running requests have to end, when stopped.")] = 10.0,
     trace_routing: Annotated[

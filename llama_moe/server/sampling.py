@@ -25,7 +25,7 @@ class FurtherSampling(BaseModel):
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63, description="The same seed and prompt give the same text.")
     top_k: int | None = Field(default=None, ge=0, description="Keep this many of the most likely tokens; 0: all.")
     min_p: Probability | None = Field(default=None, description="Keep tokens with this share of the best one's probability; 0: all.")
-    typical_p: Probability | None = Field(default=None, description="Locally typical sampling; 1: off.")
+    typical_p: float | None = Field(default=None, gt=0, le=1, description="Locally typical sampling; 1: off.")
     top_n_sigma: float | None = Field(default=None, description="Keep tokens within so many standard deviations of the best; -1: off.")
     repeat_penalty: float | None = Field(default=None, gt=0, description="Divides the logits of recent tokens; 1: off.")
     repeat_last_n: int | None = Field(default=None, ge=-1, description="How many recent tokens the penalties see; -1: the whole context.")
@@ -62,6 +62,7 @@ class SamplingFields(FurtherSampling):
 # Fields that SamplingParams has by another name.
 _RENAMED = {"repeat_last_n": "penalty_window", "dry_penalty_last_n": "dry_penalty_window"}
 _SEEDS = 1 << 32
+_LEAST_TOP_P = 1e-6
 _NOT_SAMPLING = {"n", "stream", "logit_bias"}
 
 
@@ -82,6 +83,8 @@ def sampling_params(fields: FurtherSampling, settings: ServerSettings, *, max_to
         for name in SamplingFields.model_fields
         if name not in _NOT_SAMPLING and (value := getattr(fields, name, None)) is not None
     }
+    if "top_p" in values:  # OpenAI's may be 0, which is the most likely token
+        values["top_p"] = max(values["top_p"], _LEAST_TOP_P)
     if "seed" in values:
         values["seed"] %= _SEEDS
     limit = settings.max_tokens

@@ -141,7 +141,7 @@ class ServerSettings:
 _LEAST: dict[str, float] = {
     "context_size": 0,
     "parallel": 1,
-    "max_queue": 0,
+    "max_queue": 1,
     "ttl": 0,
     "max_body_bytes": 1,
     "max_prompt_tokens": 1,

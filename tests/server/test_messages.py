@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -12,7 +13,9 @@ import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from anthropic.types import Message, TextBlock, ThinkingBlock, ToolUseBlock
 
-from tests.support.servers import ServerProcess
+from llama_moe import SamplingParams
+from llama_moe.server import ServerSettings
+from tests.support.servers import ServerProcess, local_server
 
 ADD: Any = {
     "name": "add",
@@ -57,6 +60,15 @@ def test_a_text_is_answered(client: Anthropic) -> None:
     assert again.usage.input_tokens + again.usage.cache_read_input_tokens == (
         message.usage.input_tokens + message.usage.cache_read_input_tokens
     )
+
+
+def test_a_top_p_of_zero_is_the_most_likely_token(client: Anthropic) -> None:
+    texts = set()
+    for sampling in ({"temperature": 0}, {"temperature": 1, "top_p": 0}, {"temperature": 1, "top_k": 1}):
+        (block,) = client.messages.create(model="tools", max_tokens=4, messages=HELLO, extra_body=sampling).content
+        assert isinstance(block, TextBlock)
+        texts.add(block.text)
+    assert len(texts) == 1
 
 
 def test_a_stream_tells_of_the_same_message(client: Anthropic) -> None:
@@ -216,3 +228,31 @@ def test_what_is_not_there_is_an_error_of_that_api(server: ServerProcess) -> Non
     response = httpx.post(f"{server.url}/v1/messages/batches", json={})
     assert response.status_code == 404
     assert response.json() == {"type": "error", "error": {"type": "not_found_error", "message": "there is no POST /v1/messages/batches"}}
+
+
+def test_the_key_is_that_of_the_client(models_dir: Path) -> None:
+    settings = ServerSettings(model_dirs=[models_dir], experts="cpu", devices=[], context_size=256, threads=1, api_key="the-key")
+    with local_server(settings) as local:
+        with Anthropic(base_url=local.url, api_key="another", max_retries=0) as client:
+            with pytest.raises(anthropic.AuthenticationError) as caught:
+                client.messages.create(model="tools", max_tokens=1, messages=HELLO)
+            assert caught.value.type == "authentication_error"
+        with Anthropic(base_url=local.url, api_key="the-key", max_retries=0) as client:
+            assert client.messages.create(model="tools", max_tokens=1, messages=HELLO).usage.output_tokens == 1
+
+
+def test_a_full_queue_is_an_overload(models_dir: Path) -> None:
+    settings = ServerSettings(
+        models=[models_dir / "tools.gguf"], experts="cpu", devices=[], context_size=1024, parallel=1, max_queue=1, threads=1
+    )
+    with local_server(settings) as local, Anthropic(base_url=local.url, api_key="none", max_retries=0) as client:
+        (served,) = local.state.pool.loaded()
+        endless = served.engine.stream(["Hello", "Hello"], SamplingParams(ignore_eos=True))  # one runs, one waits
+        try:
+            with pytest.raises(anthropic.InternalServerError) as caught:
+                client.messages.create(model="tools", max_tokens=1, messages=HELLO)
+        finally:
+            for stream in endless:
+                stream.close()
+        assert caught.value.type == "overloaded_error"
+        assert caught.value.response.headers["retry-after"] == "1"

@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from llama_moe import SamplingParams
 from llama_moe.server import ServerSettings
 from tests.server.conftest import CONTEXT_SIZE
 from tests.support.conversations import ADD
@@ -181,7 +182,7 @@ def test_limits_of_bodies_also_of_those_that_do_not_tell_their_length(strict: Lo
 
 def test_a_full_queue_says_when_to_come_again(strict: LocalServer) -> None:
     (served,) = strict.state.pool.loaded()
-    endless = [served.engine.stream("Hello"), served.engine.stream("Hello")]  # one runs, one waits
+    endless = served.engine.stream(["Hello", "Hello"], SamplingParams(ignore_eos=True))  # one runs, one waits
     try:
         response = strict.client.post("/v1/completions", json={"prompt": "Hello"})
     finally:
