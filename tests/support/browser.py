@@ -1,4 +1,4 @@
-"""A headless Chromium, the system's own, for tests of web pages."""
+"""A headless Chromium for tests of web pages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright, expect, sync_playwright
 
-__all__ = ["chromium", "find_chromium", "watched"]
+__all__ = ["chromium", "watched"]
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
 
@@ -21,9 +21,12 @@ _REQUIRED = "LLAMA_MOE_REQUIRE_CHROMIUM"
 expect.set_options(timeout=120_000)
 
 
-def find_chromium() -> str:
-    """The path of the browser; skips the test without one, or fails it where one is required."""
-    found = next(filter(None, map(shutil.which, _NAMES)), None)
+def find_chromium(playwright: Playwright) -> str:
+    """The path of the browser, the system's or the one that `playwright install chromium` puts there.
+
+    Without any it skips the test, or fails it where a browser is required.
+    """
+    found = next(filter(None, map(shutil.which, (*_NAMES, playwright.chromium.executable_path))), None)
     if found is not None:
         return found
     reason = f"there is no Chromium: none of {', '.join(_NAMES)} is in the PATH (on Debian, apt-get install chromium)"
@@ -35,9 +38,11 @@ def find_chromium() -> str:
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
     """Runs the browser. Until it is closed, this thread cannot run an asyncio event loop."""
-    path = find_chromium()
     # As root, and in most containers, Chromium's own sandbox does not start; what it shows here is ours.
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]) as browser:
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=find_chromium(playwright), args=["--no-sandbox"]) as browser,
+    ):
         yield browser
 
 
