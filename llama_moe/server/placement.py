@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from llama_moe.placement import as_placement
+from llama_moe.placement import ExpertPlacement, as_placement
 
 from .errors import ERROR_RESPONSES
 from .pool import ServedModel
@@ -119,7 +119,8 @@ async def placement(
 
 def experts_text(settings: ServerSettings) -> str:
     """Where the experts are to go, for a person."""
-    return repr(as_placement(settings.experts)).removeprefix("ExpertPlacement.")
+    placement = as_placement(settings.experts)
+    return "fit()" if placement == ExpertPlacement.fit() else repr(placement).removeprefix("ExpertPlacement.")
 
 
 def _asked(settings: ServerSettings, experts: str) -> Asked:

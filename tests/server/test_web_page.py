@@ -298,7 +298,7 @@ def test_a_key_is_asked_for_and_used(browser: Browser, models_dir: Path) -> None
         expect(field).to_be_focused()
         field.fill("wrong")
         page.keyboard.press("Enter")
-        expect(page.locator("#key-refused")).to_contain_text("API key is missing or wrong")
+        expect(page.locator("#key-refused")).to_have_text("The server does not take this key.")
         field.fill("secret")
         page.keyboard.press("Enter")
         expect(field).not_to_be_visible()

@@ -18,8 +18,8 @@ const chosen = () => choice.value;
 new Chat(chosen, askForKey);
 const routing = new RoutingPanel(chosen);
 
-function askForKey(message) {
-  byId("key-refused").textContent = message && byId("key").dataset.tried ? message : "";
+function askForKey() {
+  byId("key-refused").textContent = byId("key").dataset.tried ? "The server does not take this key." : "";
   if (!keyForm.hidden) return;
   keyForm.hidden = false;
   byId("key").focus();
@@ -71,7 +71,7 @@ async function refresh() {
     wrong = answered ? error.message : "The server cannot be reached";
     if (answered && error.status === 401) {
       wrong = "";
-      askForKey(error.message);
+      askForKey();
     }
   }
   if (trouble.textContent !== wrong) trouble.textContent = wrong;

@@ -18,6 +18,7 @@ export class Chat {
   #options = ["system", "temperature", "max-tokens"].map(byId);
   #messages = [];
   #running = null; // an AbortController
+  #following = true; // the end of the conversation is shown, unless somebody scrolled up to read
   #model;
   #onRefused;
 
@@ -45,6 +46,8 @@ export class Chat {
     this.#stop.addEventListener("click", () => this.stop());
     byId("new-chat").addEventListener("click", () => this.#clear());
     for (const field of this.#options) field.addEventListener("change", () => this.#saveOptions());
+    this.#log.addEventListener("scroll", () => (this.#following = this.#atEnd()));
+    new ResizeObserver(() => this.#following && this.#scrollToEnd()).observe(this.#log);
     this.#restore();
   }
 
@@ -73,7 +76,7 @@ export class Chat {
     } else if (!this.#prompt.value) {
       this.#prompt.value = text; // to try again
     }
-    if (failure instanceof ApiError && failure.status === 401) this.#onRefused(failure.message);
+    if (failure instanceof ApiError && failure.status === 401) this.#onRefused();
   }
 
   /** Streams an answer into a view. Returns what went wrong. */
@@ -84,7 +87,6 @@ export class Chat {
     const timing = { first: 0, last: 0 };
     let finish = null;
     let usage = null;
-    let follow = true; // unless somebody scrolled up to read
     try {
       for await (const data of events("v1/chat/completions", { body: this.#request(messages), signal: running.signal })) {
         if (data === "[DONE]") break;
@@ -101,9 +103,8 @@ export class Chat {
         timing.first ||= timing.last;
         answer.reasoning += thought;
         answer.content += text;
-        follow = this.#atEnd();
         view.append(text, thought);
-        if (follow) this.#scrollToEnd();
+        if (this.#following) this.#scrollToEnd();
       }
       view.finish(outcome(finish, usage, timing));
       this.#say("The answer is complete.");
@@ -120,7 +121,7 @@ export class Chat {
     } finally {
       this.#running = null;
       this.#setBusy(false);
-      if (follow) this.#scrollToEnd();
+      if (this.#following) this.#scrollToEnd();
     }
   }
 
