@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from . import _logging, errors
+from . import _core, _logging, errors
 from .build import build_info
 from .chat import (
     ChatCompletion,
@@ -47,8 +47,11 @@ if TYPE_CHECKING:
     from .bandwidth import Bandwidths, DeviceRates, DiskRate, ProductKind, bandwidths
     from .benchmark_report import BenchmarkReport, BenchmarkRow, ModelFacts
     from .benchmarking import benchmark
+    from .diagnosis import Diagnosis, Finding, diagnose
+    from .drivers import Driver
     from .hub import pull
     from .importance import ImatrixEntry, ImatrixReport, imatrix
+    from .plugins import Plugin
     from .prediction import PlacedTensor, Prediction, predict_decode
     from .profiles import Profile, ProfileKey, TunedOptions
     from .quality import Quality, QualityReport, QualityRow, compare
@@ -80,9 +83,12 @@ __all__ = [
     "Device",
     "DeviceRates",
     "DeviceSpec",
+    "Diagnosis",
     "DiskRate",
+    "Driver",
     "Engine",
     "ExpertPlacement",
+    "Finding",
     "FinishReason",
     "ImatrixEntry",
     "ImatrixReport",
@@ -96,6 +102,7 @@ __all__ = [
     "PlacedTensor",
     "Placement",
     "Plan",
+    "Plugin",
     "Pooling",
     "Prediction",
     "ProductKind",
@@ -130,6 +137,7 @@ __all__ = [
     "build_info",
     "compare",
     "devices",
+    "diagnose",
     "errors",
     "imatrix",
     "inspect",
@@ -152,12 +160,16 @@ _LATE = {
     "BenchmarkRow": "benchmark_report",
     "CacheSimulation": "routing_cache",
     "DeviceRates": "bandwidth",
+    "Diagnosis": "diagnosis",
     "DiskRate": "bandwidth",
+    "Driver": "drivers",
+    "Finding": "diagnosis",
     "ImatrixEntry": "importance",
     "ImatrixReport": "importance",
     "LayerRouting": "routing",
     "ModelFacts": "benchmark_report",
     "PlacedTensor": "prediction",
+    "Plugin": "plugins",
     "Prediction": "prediction",
     "ProductKind": "bandwidth",
     "Profile": "profiles",
@@ -175,6 +187,7 @@ _LATE = {
     "bandwidths": "bandwidth",
     "benchmark": "benchmarking",
     "compare": "quality",
+    "diagnose": "diagnosis",
     "imatrix": "importance",
     "predict_decode": "prediction",
     "pull": "hub",
@@ -185,6 +198,7 @@ _LATE = {
 }
 
 _logging.connect()
+_core.set_plugin_loader(lambda: importlib.import_module(".plugins", __name__).load_all())
 
 
 def __getattr__(name: str) -> object:

@@ -1,3 +1,5 @@
+#include <map>
+
 #include "bindings.h"
 #include "llama_moe/device.h"
 
@@ -31,12 +33,21 @@ void bind_devices(py::module_& m) {
         },
         py::arg("endpoint"), py::arg("threads"), py::arg("cache_dir"));
     m.def("build_info", [] {
-        std::map<std::string, std::string> info;
-        for (auto& [key, value] : build_info()) {
-            info.emplace(key, value);
-        }
-        return info;
+        const auto facts = without_gil([] { return build_info(); });
+        return std::map<std::string, std::string>(facts.begin(), facts.end());
     });
+    m.def(
+        "set_plugin_loader",
+        [](const py::typing::Callable<void()>& function) {
+            // Kept for good, as the log's sink is: static destruction is too late for Python objects.
+            auto* loader = new py::object(function);
+            set_plugin_loader([loader] {
+                py::gil_scoped_acquire acquire;
+                (*loader)();
+            });
+        },
+        py::arg("function"));
+    m.def("load_plugin", [](const std::string& library) { return without_gil([&] { return load_plugin(library); }); }, py::arg("library"));
     m.def("usable_cores", &usable_cores);
 }
 

@@ -41,7 +41,7 @@ void bind_sampling(py::module_& m) {
         .def_readwrite("ignore_eos", &SamplingOptions::ignore_eos)
         .def_readwrite("grammar", &SamplingOptions::grammar)
         .def_readwrite("json_schema", &SamplingOptions::json_schema)
-        .def("validate", &SamplingOptions::validate);
+        .def("validate", [](const SamplingOptions& options) { without_gil([&] { options.validate(); }); });  // a schema starts llama.cpp
 }
 
 }  // namespace llama_moe::bindings

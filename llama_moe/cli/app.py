@@ -565,6 +565,18 @@ def devices(*, rpc: RpcOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def doctor(*, as_json: JsonOption = False) -> None:
+    """Show what was found of CPU features, devices, plug-ins and drivers, what is missing, and what to install.
+
+    The exit status is 1 if a part of the installation is broken. A GPU that is not used is no fault.
+    """
+    from .doctor import show_diagnosis
+
+    with exit_codes():
+        show_diagnosis(as_json=as_json)
+
+
+@app.command()
 def serve(
     models: Annotated[
         list[Path] | None,

@@ -12,6 +12,7 @@ import pytest
 
 import llama_moe
 from llama_moe.worker import Worker
+from tests.support.plugins import write_plugin
 from tests.support.processes import COMMAND, Program, cli
 
 
@@ -206,6 +207,25 @@ def test_devices_lists_the_cpu_and_workers(worker: Worker) -> None:
     listed = json.loads(cli("devices", "--json", "--rpc", worker.endpoint).stdout)
     assert {"CPU", "RPC0"} <= {device["name"] for device in listed}
     assert worker.endpoint in cli("devices", "--rpc", worker.endpoint).stdout
+
+
+def test_doctor_says_what_was_found() -> None:
+    ran = cli("doctor", "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["build"] == llama_moe.build_info()
+    assert "CPU" in {device["name"] for device in found["devices"]}
+    text = cli("doctor").stdout
+    assert llama_moe.build_info()["llama_cpp_commit"] in text
+    assert "libcuda.so.1" in text
+
+
+def test_doctor_fails_when_a_plugin_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(write_plugin(tmp_path, llama_cpp_commit="0123456")))
+    ran = cli("doctor")
+    assert ran.returncode == 1
+    assert "broken: llama-moe-fake 1.2 is skipped" in ran.stdout
+    assert "0123456" in ran.stdout
 
 
 def test_demo_model_writes_a_model_that_runs(tmp_path: Path, dense_path: Path) -> None:

@@ -8,8 +8,8 @@
 #include <sstream>
 
 #include "backend.h"
+#include "backend_libraries.h"
 #include "failed_devices.h"
-#include "ggml-rpc.h"
 #include "llama.h"
 #include "log.h"
 #include "llama_moe/error.h"
@@ -21,6 +21,10 @@
 
 namespace llama_moe {
 namespace {
+
+// Functions of ggml-rpc.h.
+using AddServer = ggml_backend_reg_t (*)(const char* endpoint);
+using StartServer = void (*)(const char* endpoint, const char* cache_dir, std::size_t threads, std::size_t count, ggml_backend_dev_t* devices);
 
 constexpr std::chrono::seconds kConnectTimeout{5};
 constexpr std::chrono::seconds kHandshakeTimeout{10};
@@ -67,6 +71,11 @@ std::vector<ggml_backend_dev_t> all_devices() {
     return result;
 }
 
+std::function<void()>& plugin_loader() {
+    static auto* loader = new std::function<void()>;
+    return *loader;
+}
+
 }  // namespace
 
 void start_backend() {
@@ -77,9 +86,25 @@ void start_backend() {
         capture_native_log();
         common_log_set_verbosity_thold(-1);  // the `common` library's own log prints; below zero it is silent
         install_abort_handler();
-        ggml_backend_load_all();
+        load_own_backends();
         llama_backend_init();
     });
+    static std::once_flag plugins;
+    thread_local bool loading = false;  // the loader may log, and whoever takes the line may come here again
+    if (loading || !plugin_loader()) {
+        return;
+    }
+    std::call_once(plugins, [] {
+        loading = true;
+        struct End {
+            ~End() { loading = false; }
+        } end;
+        plugin_loader()();
+    });
+}
+
+void set_plugin_loader(std::function<void()> loader) {
+    plugin_loader() = std::move(loader);
 }
 
 std::string device_name(ggml_backend_dev_t device) {
@@ -211,7 +236,7 @@ std::vector<Device> add_rpc_device(const std::string& endpoint, double answer_ti
     const std::chrono::milliseconds limit(std::llround(answer_timeout * 1000));
     run_native(
         [endpoint, result, limit] {
-            ggml_backend_reg_t reg = ggml_backend_rpc_add_server(endpoint.c_str());
+            ggml_backend_reg_t reg = reinterpret_cast<AddServer>(backend_function("RPC", "ggml_backend_rpc_add_server"))(endpoint.c_str());
             if (reg == nullptr) {
                 throw Error("the RPC worker at " + endpoint + " offers no device");
             }
@@ -251,8 +276,8 @@ void run_worker(const std::string& endpoint, int threads, const std::optional<st
         served.push_back(cpu_device());
     }
     const int count = threads == 0 ? usable_cores() : threads;
-    ggml_backend_rpc_start_server(endpoint.c_str(), cache_dir ? cache_dir->c_str() : nullptr, static_cast<std::size_t>(count),
-                                  served.size(), served.data());
+    const auto start_server = reinterpret_cast<StartServer>(backend_function("RPC", "ggml_backend_rpc_start_server"));
+    start_server(endpoint.c_str(), cache_dir ? cache_dir->c_str() : nullptr, static_cast<std::size_t>(count), served.size(), served.data());
     throw Error("could not listen on " + endpoint + "; is the address in use?");
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <thread>
 
+#include "backend_libraries.h"
 #include "ggml-backend.h"
 #include "llama.h"
 #include "llama_moe/device.h"
@@ -19,6 +20,11 @@
 #endif
 #ifndef LLAMA_MOE_LLAMA_CPP_COMMIT
 #define LLAMA_MOE_LLAMA_CPP_COMMIT "unknown"
+#endif
+#ifdef GGML_BACKEND_DL
+#define LLAMA_MOE_LINKAGE "dynamic"
+#else
+#define LLAMA_MOE_LINKAGE "static"
 #endif
 
 namespace llama_moe {
@@ -108,6 +114,8 @@ std::vector<std::pair<std::string, std::string>> build_info() {
         {"compiler", "GCC " __VERSION__},
 #endif
         {"backends", backends},
+        {"linkage", LLAMA_MOE_LINKAGE},
+        {"cpu_variant", cpu_variant()},
         {"cpu_features", cpu_features()},
     };
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,6 +23,14 @@ struct Device {
 
 // Starts llama.cpp once per process: log capture, abort handler, backends. Every entry point calls it.
 void start_backend();
+
+// What start_backend() does last, once: finds the backends that other packages bring and gives them to load_plugin(). It runs on
+// the thread that comes first, while others wait for it; what it throws, that entry point throws, and the next one tries again.
+void set_plugin_loader(std::function<void()> loader);
+
+// Loads the library of a backend built for this llama.cpp, and registers its devices. False when it found none. For the loader
+// above only.
+bool load_plugin(const std::string& library);
 
 std::vector<Device> devices(const Poll& poll = {});
 
