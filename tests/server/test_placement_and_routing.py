@@ -46,7 +46,9 @@ def reports(answer: httpx.Response) -> Iterator[dict[str, Any]]:
 def test_the_placement_is_that_of_the_same_load(client: httpx.Client, models_dir: Path) -> None:
     report = client.get("/v1/placement", params={"tensors": True}).json()
     (found,) = [model for model in report["models"] if model["model"] == "chat"]
-    with llama_moe.load(models_dir / "chat.gguf", experts="cpu", context_size=256, max_sequences=2) as engine:
+    # The server's process knows no workers; this one may, from other tests.
+    local = [device for device in llama_moe.devices() if device.kind != "cpu" and device.backend != "RPC"]
+    with llama_moe.load(models_dir / "chat.gguf", experts="cpu", devices=local, context_size=256, max_sequences=2) as engine:
         assert found["memory"] == engine.memory().to_dict()
         assert [tuple(tensor.values()) for tensor in found["placement"]["tensors"]] == [
             (tensor.name, tensor.device, tensor.role, tensor.bytes) for tensor in engine.model.placement
