@@ -134,8 +134,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.wait_for(" ", after=began)  # it writes
     terminal.type(CTRL_C)
     stopped = terminal.wait_for("(stopped; Ctrl-C again, Ctrl-D or /exit leaves)", after=began)
+    terminal.wait_for_prompt("> ", after=stopped)
     terminal.type("/stats" + ENTER)
-    terminal.wait_for("2 messages, 2 of them in the context", after=stopped)
+    terminal.wait_for_prompt("> ", after=terminal.wait_for("2 messages, 2 of them in the context", after=stopped))
     terminal.type("/exit" + ENTER)
     assert terminal.finish() == 0
 
@@ -148,7 +149,9 @@ def test_a_second_ctrl_c_leaves(terminal: Terminal, during_an_answer: bool) -> N
         terminal.type(CTRL_C)
         terminal.wait_for_prompt("> ", after=terminal.wait_for("(stopped;"))
     else:
-        terminal.type("not sent" + CTRL_C)
+        terminal.type("not sent")
+        terminal.wait_for_prompt("> not sent")
+        terminal.type(CTRL_C)
         terminal.wait_for_prompt("> ", after=terminal.wait_for("(Ctrl-C again, Ctrl-D or /exit leaves)"))
     terminal.type(CTRL_C)
     assert terminal.finish() == 0
@@ -167,11 +170,11 @@ def test_something_between_two_ctrl_c_keeps_it_running(terminal: Terminal) -> No
 
 def test_lines_can_be_edited_and_called_back(terminal: Terminal, path: Path, tmp_path: Path) -> None:
     terminal.type("/systemx Be" + LEFT * 3 + BACKSPACE + ENTER)
-    at = terminal.wait_for("(system message: Be)")
+    at = terminal.wait_for_prompt("> ", after=terminal.wait_for("(system message: Be)"))
     terminal.type("/system -" + ENTER)
-    at = terminal.wait_for("(no system message)", after=at)
+    at = terminal.wait_for_prompt("> ", after=terminal.wait_for("(no system message)", after=at))
     terminal.type(UP + UP + " kind" + ENTER)
-    at = terminal.wait_for("(system message: Be kind)", after=at)
+    terminal.wait_for_prompt("> ", after=terminal.wait_for("(system message: Be kind)", after=at))
     terminal.type(CTRL_D)
     assert terminal.finish() == 0
     history = tmp_path / "chat_history"
@@ -179,7 +182,7 @@ def test_lines_can_be_edited_and_called_back(terminal: Terminal, path: Path, tmp
     with Terminal([*COMMAND, "chat", str(path), "--ctx", "256", *OPTIONS], LLAMA_MOE_CACHE=str(tmp_path)) as later:
         later.wait_for_prompt("> ", after=later.wait_for("/help"))
         later.type(UP + ENTER)
-        later.wait_for("(system message: Be kind)")
+        later.wait_for_prompt("> ", after=later.wait_for("(system message: Be kind)"))
         later.type("/sys\t" + CTRL_C)
         later.wait_for("/system")
 
@@ -188,7 +191,7 @@ def test_a_history_is_not_kept_when_it_is_not_wanted(path: Path, tmp_path: Path)
     with Terminal([*COMMAND, "chat", str(path), "--no-history", *OPTIONS], LLAMA_MOE_CACHE=str(tmp_path)) as terminal:
         terminal.wait_for_prompt("> ", after=terminal.wait_for("/help"))
         terminal.type("/system secret" + ENTER)
-        terminal.wait_for("(system message: secret)")
+        terminal.wait_for_prompt("> ", after=terminal.wait_for("(system message: secret)"))
         terminal.type(CTRL_D)
         assert terminal.finish() == 0
     assert not (tmp_path / "chat_history").exists()
