@@ -17,7 +17,7 @@ from .messages_models import CountRequest, Message, MessageRequest, MessagesErro
 from .results import check_ended
 from .sampling import sampling_params
 from .state import ServerState, State
-from .streaming import StreamResponse, json_event, unless_gone
+from .streaming import StreamResponse, json_event, read_to_end, unless_gone
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -101,7 +101,7 @@ async def create_message(body: MessageRequest, request: Request, state: State) -
         events = _events(state, served, stream, builder, body.max_tokens)
         if body.stream:
             return StreamResponse(_sent(events), request=request, state=state, held=held.pop_all())
-        await unless_gone(request, _last(events))
+        await unless_gone(request, read_to_end(events))
     return Response(builder.message.model_dump_json(), media_type="application/json")
 
 
@@ -137,8 +137,3 @@ async def _events(
 async def _sent(events: AsyncIterator[Event]) -> AsyncIterator[ServerSentEvent]:
     async for event in events:
         yield json_event(event, event=event["type"])
-
-
-async def _last(events: AsyncIterator[Event]) -> None:
-    async for _ in events:
-        pass

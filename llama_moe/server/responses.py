@@ -17,7 +17,7 @@ from .responses_models import Reasoning, Response, ResponseRequest, TextConfig, 
 from .results import check_ended, now
 from .sampling import sampling_params
 from .state import ServerState, State
-from .streaming import StreamResponse, json_event, unless_gone
+from .streaming import StreamResponse, json_event, read_to_end, unless_gone
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -77,7 +77,7 @@ async def create_response(body: ResponseRequest, request: Request, state: State)
         events = _events(state, served, stream, builder)
         if body.stream:
             return StreamResponse(_sent(events, builder), request=request, state=state, held=held.pop_all())
-        await unless_gone(request, _last(events))
+        await unless_gone(request, read_to_end(events))
     return HttpResponse(builder.response.model_dump_json(by_alias=True), media_type="application/json")
 
 
@@ -103,11 +103,6 @@ async def _sent(events: AsyncIterator[Event], builder: ResponseBuilder) -> Async
     except Exception as error:  # noqa: BLE001 - the stream has begun: it tells of its failure itself
         event = builder.fail(as_api_error(error))
         yield json_event(event, event=event["type"])
-
-
-async def _last(events: AsyncIterator[Event]) -> None:
-    async for _ in events:
-        pass
 
 
 def _begun(request: ResponseRequest, call: ChatCall, served: ServedModel) -> Response:

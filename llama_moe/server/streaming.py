@@ -101,6 +101,12 @@ def error_event(path: str, error: ApiError) -> ServerSentEvent:
     return json_event(body, event="error" if body.get("type") == "error" else None)
 
 
+async def read_to_end(events: AsyncIterator[object]) -> None:
+    """Lets all of it happen where nobody waits for the events themselves."""
+    async for _ in events:
+        pass
+
+
 async def merged(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[tuple[int, T], None]:
     """What several iterators give, as it comes, with the number of each. The first failure of one ends all."""
     if len(streams) == 1:
