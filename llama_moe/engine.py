@@ -358,6 +358,14 @@ class Engine(ChatMethods, ScoringMethods, TracingMethods):
         """Whether it, or its model, was closed."""
         return self._native.closed
 
+    @property
+    def lost(self) -> bool:
+        """Whether it can compute nothing any more, because a device failed or llama.cpp gave up in it. False once it is closed.
+
+        Every call raises `DecodeError` then. Close it and load anew, on the devices that are left.
+        """
+        return self._native.lost
+
     def close(self) -> None:
         """Cancels what runs, frees the KV cache, and closes the model too if `load()` made both. Idempotent."""
         self._native.close()

@@ -105,7 +105,7 @@ void bind_context(py::module_& m) {
         .def_property_readonly("threads", [](const ContextHandle& context) { return context->limits().threads; })
         .def_property_readonly("threads_batch", [](const ContextHandle& context) { return context->limits().threads_batch; })
         .def("close", [](const ContextHandle& context) { without_gil([&] { context->close(); }); })
-        .def_property_readonly("closed", [](const ContextHandle& context) { return context->closed(); });
+        .def_property_readonly("closed", [](const ContextHandle& context) { return without_gil([&] { return context->closed(); }); });
 }
 
 }  // namespace llama_moe::bindings

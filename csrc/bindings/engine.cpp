@@ -126,7 +126,7 @@ void bind_engine(py::module_& m) {
         .def_property_readonly("embedding_size", [](const EngineHandle& engine) { return engine->embedding_size(); })
         .def("memory", [](const EngineHandle& engine) { return to_tuples(without_gil([&] { return engine->memory(poll_signals()); })); })
         .def("breakdown", [](const EngineHandle& engine) { return to_tuples(without_gil([&] { return engine->breakdown(poll_signals()); })); })
-        .def("stats", [](const EngineHandle& engine) { return to_python(engine->stats()); })
+        .def("stats", [](const EngineHandle& engine) { return to_python(without_gil([&] { return engine->stats(); })); })
         .def_property_readonly("context_size", [](const EngineHandle& engine) { return engine->limits().context_size; })
         .def_property_readonly("max_sequences", [](const EngineHandle& engine) { return engine->limits().max_sequences; })
         .def_property_readonly("batch_size", [](const EngineHandle& engine) { return engine->limits().batch_size; })
@@ -134,7 +134,8 @@ void bind_engine(py::module_& m) {
         .def_property_readonly("threads", [](const EngineHandle& engine) { return engine->limits().threads; })
         .def_property_readonly("threads_batch", [](const EngineHandle& engine) { return engine->limits().threads_batch; })
         .def("close", [](const EngineHandle& engine) { without_gil([&] { engine->close(); }); })
-        .def_property_readonly("closed", [](const EngineHandle& engine) { return engine->closed(); });
+        .def_property_readonly("closed", [](const EngineHandle& engine) { return without_gil([&] { return engine->closed(); }); })
+        .def_property_readonly("lost", [](const EngineHandle& engine) { return without_gil([&] { return engine->lost(); }); });
     def_tracing(engine);
     def_submit<const std::string&, const SamplingOptions&>(
         engine, "submit",

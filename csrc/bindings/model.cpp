@@ -78,7 +78,7 @@ void bind_model(py::module_& m) {
             py::arg("id"))
         .def("is_end_of_generation", [](const ModelHandle& model, std::int32_t id) { return model->is_end_of_generation(id); }, py::arg("id"))
         .def("close", [](const ModelHandle& model) { without_gil([&] { model->close(); }); })
-        .def_property_readonly("closed", [](const ModelHandle& model) { return model->closed(); });
+        .def_property_readonly("closed", [](const ModelHandle& model) { return without_gil([&] { return model->closed(); }); });
     m.def("shutdown", &shutdown);
 }
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llama_moe.server")
 
 _LISTED_NAMES = 8
-# How the error begins of an engine whose device failed, such as a worker that died; all later requests fail like that.
-_LOST = "the engine is lost"
 
 
 @dataclass(slots=True, eq=False)
@@ -155,12 +153,13 @@ class ModelPool:
                 raise shutting_down() from None
             logger.error("%r cannot be loaded: %s", file.name, error)
             raise _load_error(file, error) from error
+        served = place.served
         try:
-            if place.served is None:  # closed as soon as it was loaded
+            if served is None:  # closed as soon as it was loaded
                 raise shutting_down()
-            yield place.served
-        except errors.DecodeError as error:
-            if str(error).startswith(_LOST):
+            yield served
+        except errors.DecodeError:
+            if served is not None and served.engine.lost:
                 self._give_up(place)
             raise
         finally:

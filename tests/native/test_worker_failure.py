@@ -56,7 +56,9 @@ DEATHS = {
         stream = engine.stream("Hello", ENDLESS)
         next(stream)
         kill(worker)
+        assert not engine.lost
         assert f"the engine is lost: {FAILED}" in fails(DecodeError, list, stream)
+        assert engine.lost
         for use in (lambda: engine.generate("a", SHORT), lambda: other.generate("a", SHORT), lambda: context.decode([1])):
             assert FAILED in fails(DecodeError, use)
         assert f"device 'RPC0' ({worker.endpoint}) failed earlier" in fails(PlacementError, lambda: Model(path, devices=[device]))

@@ -363,6 +363,10 @@ void Engine::close() {
     }
 }
 
+bool Engine::lost() const {
+    return !forked() && core_->lost();
+}
+
 bool Engine::closed() const {
     return forked() || core_->closed();
 }

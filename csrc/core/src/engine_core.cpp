@@ -318,6 +318,11 @@ bool EngineCore::closed() const {
     return closed_;
 }
 
+bool EngineCore::lost() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return failure_ && !closed_;
+}
+
 bool EngineCore::failed() const {
     std::lock_guard<std::mutex> lock(mutex_);
     return failure_ != nullptr;

@@ -47,6 +47,7 @@ class EngineCore : public std::enable_shared_from_this<EngineCore> {
     Poll checked(const Poll& poll);
     void close();
     bool closed() const;
+    bool lost() const;
 
     EngineStats stats() const;
     const ContextLimits& limits() const { return limits_; }

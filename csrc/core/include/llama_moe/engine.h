@@ -152,6 +152,8 @@ class Engine : public ModelUser {
     // Cancels what runs and waits for the engine's thread. Idempotent.
     void close() override;
     bool closed() const;
+    // Whether it can compute nothing any more, because a device or llama.cpp failed under it. Not once it is closed.
+    bool lost() const;
 
    private:
     Engine() = default;
