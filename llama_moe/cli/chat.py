@@ -8,41 +8,87 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from llama_moe import SamplingParams
 from llama_moe._files import written_whole
 from llama_moe._sizes import format_size
 from llama_moe.errors import ContextFullError, LlamaMoeError
 
-from .console import note
+from . import options
+from .console import exit_codes, note
 from .line_input import MessageReader
-from .run import open_engine
+from .loading import opening
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llama_moe import ChatCompletion, Engine, SamplingParams
-
-    from .run import EngineChoice
+    from llama_moe import ChatCompletion, Engine
 
 # Of the context, what is kept free for an answer when older turns are dropped.
 _ANSWER_SHARE = 4
 
 
-def run_chat(choice: EngineChoice, *, params: SamplingParams, system: str | None, thinking: bool, keep_history: bool, memory: bool) -> None:
-    """Loads the model, and answers what is typed until the input ends."""
+@exit_codes()
+def chat(
+    model: options.ModelOrHub,
+    *,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
+    cpu_moe: options.CpuMoe = False,
+    n_cpu_moe: options.NCpuMoe = None,
+    experts_on: options.ExpertsOn = None,
+    rpc: options.Rpc = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Most tokens of an answer. Default: what there is room for."),
+    ] = None,
+    context_size: options.ContextSize = 4096,
+    temperature: options.Temperature = 0.8,
+    seed: options.Seed = None,
+    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="Let a model that can think first do so.")] = True,
+    lookup: options.Lookup = False,
+    draft_model: options.DraftModel = None,
+    threads: options.Threads = None,
+    repack: options.TunableRepack = None,
+    profile: options.Profile = None,
+    lora: options.Lora = None,
+    history: Annotated[bool, typer.Option("--history/--no-history", help="Keep what is typed, for the arrow keys of later chats.")] = True,
+    memory: options.Memory = False,
+) -> None:
+    """Chat with a model in the terminal.
+
+    Ctrl-C stops an answer and not the program. /help shows what else can be done. When the context is full, the oldest messages leave it.
+    From a pipe, each line is a message. Answers go to standard output, everything else to standard error.
+    """
+    opened = opening(
+        model,
+        cpu_moe=cpu_moe,
+        n_cpu_moe=n_cpu_moe,
+        experts_on=experts_on,
+        rpc=rpc,
+        context_size=context_size,
+        lookup=lookup,
+        draft_model=draft_model,
+        threads=threads,
+        repack=repack,
+        profile=profile,
+        lora=lora,
+    )
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
-    with contextlib.ExitStack() as stack:
-        engine = open_engine(stack, choice)
-        chat = Chat(engine, params, system=system, thinking=thinking)
-        reader = MessageReader(chat.commands, keep=keep_history)
-        stack.callback(reader.close)
-        if reader.interactive:
-            note(f"{engine.model.description}, {engine.context_size} tokens of context. /help shows the commands; Ctrl-C stops an answer.")
-        _converse(chat, reader)
-        if memory:
-            note(str(engine.memory()))
+    with opened as engine:
+        conversation = Chat(engine, params, system=system, thinking=thinking)
+        reader = MessageReader(conversation.commands, keep=history)
+        with contextlib.closing(reader):
+            if reader.interactive:
+                about = f"{engine.model.description}, {engine.context_size} tokens of context"
+                note(f"{about}. /help shows the commands; Ctrl-C stops an answer.")
+            _converse(conversation, reader)
+            if memory:
+                note(str(engine.memory()))
 
 
 def _converse(chat: Chat, reader: MessageReader) -> None:

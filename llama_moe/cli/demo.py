@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import llama_moe
 from llama_moe import SamplingParams, _core
 from llama_moe._sizes import format_size
-from llama_moe.demo_model import demo_model_path, write_demo_model
 from llama_moe.model import resolve_placement
-from llama_moe.worker import Worker
 
-from .console import note, progress, stream_to_stdout
+from .console import exit_codes, note, progress, stream_to_stdout
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from llama_moe import Device
 
 _QUESTION = "What is a mixture of experts? Answer in three sentences."
 _PROMPT = f"<|im_start|>user\n{_QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def write_model(out: Path, *, experts: int, used: int) -> None:
-    """Writes the demo model to a file."""
+@exit_codes()
+def demo_model(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write.")],
+    *,
+    experts: Annotated[int, typer.Option("--experts", metavar="N", help="Experts in each layer.")] = 8,
+    used: Annotated[int, typer.Option("--used", metavar="N", help="Experts that compute each token.")] = 2,
+) -> None:
+    """Write a small Mixture-of-Experts model.
+
+    It is made from SmolLM2-135M, with copies of its feed-forward blocks as experts, and generates the same text.
+    """
+    from llama_moe.demo_model import write_demo_model
+
     with progress("Writing") as on_progress:
         path = write_demo_model(out, experts=experts, used=used, on_progress=on_progress)
     typer.echo(f"{path}: {format_size(path.stat().st_size)}")
 
 
-def run_demo() -> None:
-    """Generates with the experts in host memory and the rest on an accelerator, and shows what that saves there."""
+@exit_codes()
+def demo() -> None:
+    """Try it: generate, and show the memory saved.
+
+    The experts of the demo model go to host memory, the rest to this machine's GPU, or to a worker process that stands in for one.
+    """
+    from llama_moe.demo_model import demo_model_path
+
     note("Preparing the demo model; the first time it is fetched and written.")
     with progress("Writing the demo model") as on_progress:
         model = demo_model_path(on_progress=on_progress)
@@ -61,6 +75,8 @@ def _accelerators(stack: contextlib.ExitStack) -> tuple[list[Device], int | None
     if gpus:
         typer.echo(f"Accelerator: {', '.join(map(str, gpus))}")
         return gpus, None
+    from llama_moe.worker import Worker
+
     half = max(1, _core.usable_cores() // 2)
     worker = stack.enter_context(Worker(threads=half))
     typer.echo(f"Accelerator: none here. A worker process on {worker.endpoint} stands in for one: its memory plays the part of the")

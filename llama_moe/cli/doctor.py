@@ -6,13 +6,18 @@ import json
 
 import typer
 
-from llama_moe.diagnosis import diagnose
+from . import options
+from .console import EXIT_FAILURE, exit_codes
 
-from .console import EXIT_FAILURE
 
+@exit_codes()
+def doctor(*, as_json: options.Json = False) -> None:
+    """Show what was found of CPU features, devices, plug-ins and drivers, what is missing, and what to install.
 
-def show_diagnosis(*, as_json: bool) -> None:
-    """Writes what was found; ends with status 1 if a part of the installation is broken."""
+    The exit status is 1 if a part of the installation is broken. A GPU that is not used is no fault.
+    """
+    from llama_moe.diagnosis import diagnose
+
     diagnosis = diagnose()
     typer.echo(json.dumps(diagnosis.to_dict(), indent=2) if as_json else str(diagnosis))
     if diagnosis.broken:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,44 +16,65 @@ from llama_moe.errors import DoesNotFitError, LlamaMoeError
 from llama_moe.inspection import header_file
 from llama_moe.planning import ASSUMED_BANDWIDTH
 
-from .console import EXIT_FAILURE, note
+from . import options
+from .console import EXIT_FAILURE, exit_codes, note
+from .loading import add_workers, choose_lora
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from llama_moe import LoraAdapter
     from llama_moe.prediction import Prediction
 
 _TITLES = {"gpu": "all on GPU", "cpu": "experts on CPU", "fit": "fitted"}
 
 
-def show_plans(
-    model: str,
+@exit_codes()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="GGUF file, its URL, or OWNER/REPOSITORY/FILE of Hugging Face; only the header is read."),
+    ],
     *,
-    vram: Sequence[str],
-    ram: str | None,
-    overhead: str | None,
-    bandwidth: str | None,
-    reserve: str,
-    context_size: int,
-    max_sequences: int,
-    kv_type: str,
-    gpu_layers: int | None,
-    rpc: Sequence[str],
-    lora: Sequence[LoraAdapter],
-    predict: bool,
-    as_json: bool,
+    vram: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vram",
+            metavar="SIZE",
+            help="Plan for a GPU of this size, such as 8GiB. May be given several times.",
+        ),
+    ] = None,
+    ram: Annotated[str | None, typer.Option("--ram", metavar="SIZE", help="Host memory to use. Default: what is available.")] = None,
+    overhead: Annotated[
+        str | None, typer.Option("--overhead", metavar="SIZE", help="What the driver takes of each --vram. Default: 512MiB.")
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option("--bandwidth", metavar="RATE", help="Of the memory of each --vram, such as 448GB/s, for predicted speeds.")
+    ] = None,
+    reserve: Annotated[str, typer.Option("--reserve", metavar="SIZE", help="What the fitted plan leaves free on each GPU.")] = "512MiB",
+    context_size: options.ContextSize = 4096,
+    max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, metavar="N", help="Sequences held at once.")] = 1,
+    kv_type: options.KvType = "f16",
+    gpu_layers: Annotated[int | None, typer.Option("--gpu-layers", min=0, metavar="N", help="Layers on the GPU. Default: all.")] = None,
+    rpc: options.Rpc = None,
+    lora: options.Lora = None,
+    predict: Annotated[bool, typer.Option("--predict/--no-predict", help="Predict speeds; measures the machine the first time.")] = True,
+    as_json: options.Json = False,
 ) -> None:
-    """Plans for all experts on accelerators, all on the CPU, and the fitted placement; exits with 1 if the fitted one does not fit."""
+    """Show what a model will take, and how quick it will be, before loading it.
+
+    Three plans side by side: everything on the GPU, all experts in host memory, and as many experts on the GPU as fit. Nothing is loaded.
+    """
     for name, value in (("--overhead", overhead), ("--bandwidth", bandwidth)):
         if value is not None and not vram:
             raise typer.BadParameter("it is of the GPU that --vram describes, and none is given", param_hint=name)
     if bandwidth is not None:
         parse_rate(bandwidth, "--bandwidth")
-    workers = [device for endpoint in rpc for device in llama_moe.add_rpc_device(endpoint)]
+    workers = add_workers(rpc)
+    adapters = choose_lora(lora)
+    sizes = vram or []
     specs = [
-        DeviceSpec(f"GPU{i}" if len(vram) > 1 else "GPU", size, overhead=overhead or "512MiB", bandwidth=bandwidth)
-        for i, size in enumerate(vram)
+        DeviceSpec(f"GPU{i}" if len(sizes) > 1 else "GPU", size, overhead=overhead or "512MiB", bandwidth=bandwidth)
+        for i, size in enumerate(sizes)
     ]
     plans: dict[str, Plan] = {}
     failure: DoesNotFitError | None = None
@@ -66,7 +87,7 @@ def show_plans(
             if kind == "cpu" and not plans["gpu"].info.expert_count:
                 continue
             try:
-                plan = llama_moe.plan(
+                planned = llama_moe.plan(
                     header,
                     devices=[*specs, *workers] if specs else None,
                     ram=ram,
@@ -75,12 +96,12 @@ def show_plans(
                     max_sequences=max_sequences,
                     kv_type=kv_type,
                     gpu_layers="all" if gpu_layers is None else gpu_layers,
-                    lora=lora,
+                    lora=adapters,
                 )
             except DoesNotFitError as error:
                 failure = error
             else:
-                plans[kind] = replace(plan, info=replace(plan.info, path=model))
+                plans[kind] = replace(planned, info=replace(planned.info, path=model))
     speeds = _predicted(plans) if predict else {}
     if as_json:
         typer.echo(json.dumps(_as_data(plans, speeds, failure), indent=2))

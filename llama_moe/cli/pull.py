@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import llama_moe
-from llama_moe.hub import local_model
-from llama_moe.remote import hub_reference
+
+from .console import exit_codes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from llama_moe.model import StrPath
 
 
-def pull_model(repo: str, file: str | None, *, revision: str | None, folder: Path | None) -> None:
-    """Fetches a model, and writes where it is to standard output."""
+@exit_codes()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/REPOSITORY of the Hugging Face hub.")],
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FILE",
+            help="A file of it; a pattern, such as '*Q4_K_M*'; or a format that one name has, such as Q4_K_M. Default: its only model.",
+        ),
+    ] = None,
+    *,
+    revision: Annotated[str | None, typer.Option("--revision", metavar="REV", help="A branch, tag or commit. Default: main.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Put it there. Default: the cache of the Hugging Face tools.")
+    ] = None,
+) -> None:
+    """Fetch a model from the Hugging Face hub, and say where it is.
+
+    All files of a split model are fetched. A download that was interrupted goes on where it ended. The token for what is not public is
+    that of the Hugging Face tools ($HF_TOKEN, or 'hf auth login').
+    """
     with download_bar(file or repo) as on_progress:
         path = llama_moe.pull(repo, file, revision=revision, folder=folder, on_progress=on_progress)
     typer.echo(path)
@@ -28,6 +47,9 @@ def pull_model(repo: str, file: str | None, *, revision: str | None, folder: Pat
 
 def model_file(model: Path) -> StrPath:
     """The file that a command's MODEL stands for: one on the hub is fetched first."""
+    from llama_moe.hub import local_model  # late: HTTP takes long to import
+    from llama_moe.remote import hub_reference
+
     name = str(model)
     if hub_reference(name) is None:
         return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 import typer
 
@@ -12,13 +12,20 @@ import llama_moe
 from llama_moe._sizes import format_size
 from llama_moe._table import columns
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from . import options
+from .console import exit_codes
+from .loading import add_workers
+
+# As text: a Path would take one of a URL's slashes away.
+ModelOrUrl = Annotated[
+    str, typer.Argument(metavar="MODEL", help="GGUF file, or the URL or OWNER/REPOSITORY/FILE (Hugging Face) of one; its header is read.")
+]
 
 
-def show_model(path: str, *, as_json: bool) -> None:
-    """Writes what the header of a model file says."""
-    info = llama_moe.inspect(path)
+@exit_codes()
+def inspect(model: ModelOrUrl, *, as_json: options.Json = False) -> None:
+    """Show a model's architecture, experts and formats."""
+    info = llama_moe.inspect(model)
     sizes, types = info.by_role(), info.types_by_role()
     if as_json:
         facts = {
@@ -53,17 +60,17 @@ def show_model(path: str, *, as_json: bool) -> None:
     typer.echo("\n" + columns(rows, right=(1, 2)))
 
 
-def show_devices(rpc: Sequence[str], *, as_json: bool) -> None:
-    """Writes the devices, those of the given workers included."""
-    for endpoint in rpc:
-        llama_moe.add_rpc_device(endpoint)
-    devices = llama_moe.devices()
+@exit_codes()
+def devices(*, rpc: options.Rpc = None, as_json: options.Json = False) -> None:
+    """List the devices that can hold a model."""
+    add_workers(rpc)
+    found = llama_moe.devices()
     if as_json:
-        typer.echo(json.dumps([asdict(device) for device in devices], indent=2))
+        typer.echo(json.dumps([asdict(device) for device in found], indent=2))
         return
     rows = [("name", "kind", "backend", "free", "total", "description")]
     rows += [
         (device.name, device.kind, device.backend, format_size(device.memory_free), format_size(device.memory_total), device.description)
-        for device in devices
+        for device in found
     ]
     typer.echo(columns(rows, right=(3, 4)))

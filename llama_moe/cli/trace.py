@@ -4,59 +4,80 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import llama_moe
-from llama_moe import ExpertPlacement, SamplingParams
+from llama_moe import SamplingParams
 from llama_moe._files import check_writable
 from llama_moe._table import columns
 from llama_moe.errors import InvalidOptionError
-from llama_moe.routing_plot import check_plot
 
-from .console import note, progress, text_of
+from . import options
+from .console import exit_codes, note, progress, text_of
+from .loading import add_workers, choose_lora, choose_placement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-    from llama_moe import CacheSimulation, Engine, LoraAdapter, RoutingTrace
+    from llama_moe import CacheSimulation, Engine, RoutingTrace
     from llama_moe.routing_cache import CachePolicy
 
 _POLICIES: tuple[CachePolicy, ...] = ("lru", "lfu", "static")
 
 
-def trace_model(
-    model: Path,
+@exit_codes()
+def trace(
+    model: options.Model,
     *,
-    file: Path | None,
-    prompt: str | None,
-    generate: int | None,
-    experts: ExpertPlacement,
-    rpc: Sequence[str],
-    lora: Sequence[LoraAdapter],
-    context_size: int,
-    threads: int | None,
-    repack: bool,
-    cache_slots: Sequence[int],
-    heatmap: Path | None,
-    save: Path | None,
-    as_json: bool,
+    file: Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="Compute this text.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", metavar="PROMPT", help="Compute this prompt and continue it, always with the most likely token."),
+    ] = None,
+    generate: Annotated[
+        int | None, typer.Option("--generate", min=1, metavar="N", help="Most tokens to continue it with. Default: 128.")
+    ] = None,
+    cpu_moe: options.CpuMoe = False,
+    n_cpu_moe: options.NCpuMoe = None,
+    rpc: options.Rpc = None,
+    lora: options.Lora = None,
+    context_size: options.ContextSize = 4096,
+    threads: options.Threads = None,
+    repack: options.Repack = True,
+    cache_slots: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--cache-slots",
+            min=1,
+            metavar="N",
+            help="Say how often a cache of N experts would have had the ones that were needed. May be given several times.",
+        ),
+    ] = None,
+    heatmap: Annotated[Path | None, typer.Option("--heatmap", metavar="FILE", help="Draw a heatmap into this image.")] = None,
+    save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Keep it all for RoutingTrace.load().")] = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Computes a text and the continuation of a prompt, and writes what the routers chose."""
+    """Show which experts the routers of a model choose for a text.
+
+    For each layer: its most used experts with their share of the tokens, how many were never used, and how even it was: the entropy (1: all
+    alike) and the coefficient of variation (0: all alike). Texts longer than the context are computed in pieces.
+    """
+    experts = choose_placement(cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe)
     text = None if file is None else text_of(file, "--file")
     if text is None and prompt is None:
         raise typer.BadParameter("there is nothing to compute; give a text, a prompt or both", param_hint="--file and --prompt")
     if generate is not None and prompt is None:
         raise typer.BadParameter("only a prompt is continued; give one with --prompt", param_hint="--generate")
     _check_files(heatmap, save)
-    for endpoint in rpc:
-        llama_moe.add_rpc_device(endpoint)
+    add_workers(rpc)
+    adapters = choose_lora(lora)
     with (
         progress("Loading") as on_progress,
         llama_moe.load(
-            model, experts=experts, context_size=context_size, threads=threads, repack=repack, lora=lora, on_progress=on_progress
+            model, experts=experts, context_size=context_size, threads=threads, repack=repack, lora=adapters, on_progress=on_progress
         ) as engine,
     ):
         with engine.trace_routing(choices=bool(cache_slots) or save is not None) as routing:
@@ -65,7 +86,7 @@ def trace_model(
             if prompt is not None:
                 completion = engine.generate(prompt, SamplingParams(max_tokens=128 if generate is None else generate, temperature=0))
                 note(f"{prompt}{completion.text}")
-        caches = [routing.simulate_cache(slots, policy) for slots in cache_slots for policy in _POLICIES]
+        caches = [routing.simulate_cache(slots, policy) for slots in cache_slots or () for policy in _POLICIES]
     # Before the files: what was computed is told whatever becomes of them.
     if as_json:
         typer.echo(json.dumps(routing.to_dict() | {"caches": [asdict(cache) | {"hit_rate": cache.hit_rate} for cache in caches]}, indent=2))
@@ -82,6 +103,8 @@ def _check_files(heatmap: Path | None, save: Path | None) -> None:
     if save is not None:
         check_writable(save)
     if heatmap is not None:
+        from llama_moe.routing_plot import check_plot
+
         try:
             check_plot(heatmap)
         except ImportError as error:

@@ -5,36 +5,50 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 import llama_moe
 
+from . import options
+from .console import exit_codes
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from llama_moe.profiles import Objective
     from llama_moe.tuning import TuningProgress
 
 
-def run_tune(
-    model: Path,
+@exit_codes()
+def tune(
+    model: options.Model,
     *,
-    minutes: float,
-    objective: str,
-    context_size: int,
-    max_sequences: int,
-    rpc: Sequence[str],
-    vram: str | None,
-    prompt_tokens: int,
-    generate_tokens: int,
-    repetitions: int,
-    restart: bool,
-    as_json: bool,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.0, metavar="M", help="Time for all of it.")] = 10.0,
+    objective: Annotated[
+        str, typer.Option("--objective", metavar="KIND", help="What to be quick at: decode (single tokens), prompt, or mixed.")
+    ] = "decode",
+    context_size: options.ContextSize = 4096,
+    max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, metavar="N", help="Texts that are generated at once.")] = 1,
+    rpc: options.Rpc = None,
+    vram: Annotated[
+        str | None,
+        typer.Option("--vram", metavar="SIZE", help="Most memory on each accelerator, such as 8GiB. Default: what is free."),
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", "-p", min=1, metavar="N", help="Length of the prompts; micro-batches are not larger.")
+    ] = 512,
+    generate_tokens: Annotated[int, typer.Option("--generate-tokens", "-n", min=1, metavar="N", help="Tokens to decode.")] = 64,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Of both in each trial.")] = 3,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop the trials of an earlier sweep, which are otherwise kept.")] = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Runs the sweep, and writes its trials and the winner."""
+    """Find the options with which a model is quickest here.
+
+    They are kept for this model, machine, --ctx and --max-sequences; `llama-moe run --profile auto` and `load(..., profile="auto")` use
+    them. A second sweep goes on where the first one ended.
+    """
     with _bar(minutes) as on_progress:
         report = llama_moe.tune(
             model,
@@ -42,7 +56,7 @@ def run_tune(
             objective=cast("Objective", objective),
             context_size=context_size,
             max_sequences=max_sequences,
-            rpc=rpc,
+            rpc=rpc or (),
             vram=vram,
             prompt_tokens=prompt_tokens,
             generate_tokens=generate_tokens,

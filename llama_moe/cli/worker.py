@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from llama_moe import worker
 from llama_moe.errors import InvalidOptionError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import NoReturn
+from . import options
+from .console import exit_codes
 
 
-def run_worker(bind: str, *, threads: int | None, allow_remote: bool, cache: Path | None, until_stdin_closes: bool) -> NoReturn:
-    """Serves until the process is killed; an address that it must not or cannot have is a usage error."""
+@exit_codes()
+def worker(
+    bind: Annotated[str, typer.Option("--bind", metavar="HOST:PORT", help="Where to listen.")] = "127.0.0.1:50052",
+    *,
+    threads: options.Threads = None,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Listen where other machines can connect. The protocol has no authentication.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="Keep weights that clients sent in this folder.")] = None,
+    until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
+) -> None:
+    """Serve this machine's devices to others.
+
+    This is llama.cpp's RPC server; `llama-moe run --rpc HOST:PORT` uses it. It runs until it is killed.
+    """
+    from llama_moe.worker import check_local, parse_endpoint
+    from llama_moe.worker import serve as serve_devices
+
     try:
-        worker.parse_endpoint(bind)
+        parse_endpoint(bind)
     except InvalidOptionError as error:
         raise typer.BadParameter(str(error), param_hint="--bind") from None
     try:
         if not allow_remote:
-            worker.check_local(bind)
+            check_local(bind)
     except InvalidOptionError as error:
         raise typer.BadParameter(f"{error}, or --allow-remote on a network you trust", param_hint="--bind") from None
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
     # llama.cpp's loop is left by no exception: Ctrl-C ends the process at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    worker.serve(bind, threads=threads, cache_dir=None if cache is None else str(cache), until_stdin_closes=until_stdin_closes)
+    serve_devices(bind, threads=threads, cache_dir=None if cache is None else str(cache), until_stdin_closes=until_stdin_closes)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from llama_moe.cli.app import app
 from tests.support.processes import REPOSITORY
@@ -73,6 +75,8 @@ def test_the_readme_links_to_what_is_there() -> None:
 
 def test_the_readme_tells_of_every_command() -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback and not command.hidden]
+    program = get_command(app)
+    assert isinstance(program, TyperGroup)
+    commands = [name for name, command in program.commands.items() if not command.hidden]
     assert "run" in commands
     assert not [command for command in commands if f"llama-moe {command}" not in readme]

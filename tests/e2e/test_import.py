@@ -27,6 +27,14 @@ def test_importing_does_not_import_what_is_slow() -> None:
     assert ran.stderr == ""
 
 
+def test_the_help_does_not_import_what_is_slow() -> None:
+    ran = run_python("import sys, json, llama_moe.cli.app; print(json.dumps(sorted(sys.modules)))")
+    loaded = set(json.loads(ran.stdout))
+    assert "llama_moe.cli.serve" in loaded
+    assert not loaded & {"numpy", "asyncio", "rich", "http.client", "ssl", "readline", "huggingface_hub", "gguf", "uvicorn", "pydantic"}
+    assert not loaded & {"llama_moe.server", "llama_moe.hub", "llama_moe.worker", "llama_moe.demo_model", "llama_moe.diagnosis"}
+
+
 def test_public_names_exist_and_have_docstrings() -> None:
     assert len(set(llama_moe.__all__)) == len(llama_moe.__all__)
     for name in llama_moe.__all__:
