@@ -14,13 +14,13 @@ import time
 import weakref
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic
 
 from . import _core
-from .chat import ChatDelta, ChatReader
+from .chat import ChatCompletion, ChatDelta, ChatReader
 from .errors import LlamaMoeError, QueueFullError
 from .results import Completion, Token
-from .stream import Deadline, GenerationReader, failure_text
+from .stream import AnyStream, Deadline, GenerationReader, ItemT, ResultT, failure_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Self
 
-    from .chat import ChatCompletion, ChatParser, ChatPrompt
+    from .chat import ChatPrompt
     from .engine import Engine
     from .sampling import SamplingParams
 
@@ -47,7 +47,29 @@ _LEAST_TIMER_SECONDS = 0.001
 _ROOM_SECONDS = 0.01
 
 
-class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
+class AsyncStream(AnyStream[ResultT], AsyncIterator[ItemT], Generic[ItemT, ResultT]):
+    """What a task reads, and can leave."""
+
+    __slots__ = ()
+
+    async def read_all(self) -> ResultT:
+        """Reads to the end and returns the `completion`."""
+        async for _ in self:
+            pass
+        return self.completion
+
+    async def aclose(self) -> None:
+        """Cancels the generation if it still runs; `completion` then has what was read so far. Waits for nothing. Idempotent."""
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        await self.aclose()
+
+
+class AsyncTokenStream(GenerationReader, AsyncStream[Token, Completion]):
     """Iterates over the tokens of one generation as they come; made by `Engine.astream()`.
 
     The generation runs whether or not anybody reads. When its engine is closed, the stream ends with what came until then, and the
@@ -64,9 +86,6 @@ class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
         self._tag = tag
         self._deadline = None if timeout is None else time.monotonic() + timeout
 
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> Token:
         """The next token; waits for it.
 
@@ -82,12 +101,6 @@ class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
         token = ready.popleft()
         self._tokens.append(token)
         return token
-
-    async def read_all(self) -> Completion:
-        """Reads to the end and returns the completion."""
-        async for _ in self:
-            pass
-        return self.completion
 
     async def aclose(self) -> None:
         """Cancels the generation if it still runs; `completion` then has the tokens read so far. Waits for nothing. Idempotent."""
@@ -115,28 +128,14 @@ class AsyncTokenStream(GenerationReader, AsyncIterator[Token]):
         if self._exhausted or self._ended:
             self._hub.release(self._tag)
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
-        self._close()
-
     def __del__(self) -> None:
         self._hub.release(self._tag)
 
 
-class AsyncChatStream(ChatReader, AsyncIterator[ChatDelta]):
+class AsyncChatStream(ChatReader[AsyncTokenStream], AsyncStream[ChatDelta, ChatCompletion]):
     """Iterates over what an answer gains; made by `Engine.astream_chat()`. Cancelled as an `AsyncTokenStream` is."""
 
-    __slots__ = ("_tokens",)
-    _tokens: AsyncTokenStream
-
-    def __init__(self, tokens: AsyncTokenStream, parser: ChatParser) -> None:
-        super().__init__(parser)
-        self._tokens = tokens
-
-    def __aiter__(self) -> Self:
-        return self
+    __slots__ = ()
 
     async def __anext__(self) -> ChatDelta:
         """What the answer gained next; waits for it.
@@ -156,28 +155,12 @@ class AsyncChatStream(ChatReader, AsyncIterator[ChatDelta]):
                 raise
         return self._ready.popleft()
 
-    async def read_all(self) -> ChatCompletion:
-        """Reads to the end and returns the answer."""
-        async for _ in self:
-            pass
-        return self.completion
-
-    def cancel(self) -> None:
-        """Ends the generation without waiting for it; the stream then ends too. Any thread may call this; nothing happens after the end."""
-        self._tokens.cancel()
-
     async def aclose(self) -> None:
         """Cancels the generation if it still runs; `completion` then has what was read so far. Waits for nothing. Idempotent."""
         await self._tokens.aclose()
         with contextlib.suppress(LlamaMoeError):
             async for _ in self:
                 pass
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
-        await self.aclose()
 
 
 def _start_one(engine: Engine, submit: Submit, timeout: float | None, *, logprobs: bool = False) -> AsyncTokenStream:

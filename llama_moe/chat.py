@@ -7,28 +7,24 @@ grammar of tool calls, only `Engine.chat` and its like enforce.
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypedDict, TypeVar, cast
 
 from . import _core, _logging
 from ._options import fill, native_model
 from .errors import InvalidOptionError, LlamaMoeError
 from .sampling import SamplingParams, schema_text, to_json
-from .stream import failure_text
+from .stream import AnyStream, GenerationReader, SyncStream, TokenStream, failure_text
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from typing_extensions import Self
-
     from .model import Model
     from .results import Completion, Timings, Token
-    from .stream import GenerationReader, TokenStream
 
     ChatFinishReason: TypeAlias = Literal["stop", "length", "cancelled", "tool_calls"]
+
+TokensT = TypeVar("TokensT", bound=GenerationReader)
 
 ToolChoice: TypeAlias = Literal["auto", "none", "required"] | Mapping[str, object]
 
@@ -276,30 +272,16 @@ class ChatTemplate:
         return ChatPrompt(self._native.apply(fill(_core.ChatRequest(), request)), params, one_call=not parallel_tool_calls)
 
 
-class ChatReader:
-    """What chat streams of both kinds are made of: the tokens, deltas that were not read yet, and how it ended."""
+class ChatReader(AnyStream[ChatCompletion], Generic[TokensT]):
+    """What chat streams are made of: the stream of their tokens, and the deltas that were not read yet."""
 
-    __slots__ = ("__weakref__", "_completion", "_failure", "_parser", "_ready")
-    _tokens: GenerationReader
+    __slots__ = ("_parser", "_ready", "_tokens")
 
-    def __init__(self, parser: ChatParser) -> None:
+    def __init__(self, tokens: TokensT, parser: ChatParser) -> None:
+        super().__init__()
+        self._tokens = tokens
         self._parser = parser
         self._ready: deque[ChatDelta] = deque()
-        self._completion: ChatCompletion | None = None
-        self._failure: str | None = None
-
-    @property
-    def completion(self) -> ChatCompletion:
-        """The whole answer, once it has ended.
-
-        Raises:
-            LlamaMoeError: it has not ended yet, or it failed.
-        """
-        if self._completion is not None:
-            return self._completion
-        if self._failure is not None:
-            raise LlamaMoeError(f"there is no completion, the generation failed: {self._failure}")
-        raise LlamaMoeError("there is no completion yet: read the stream to its end, or close it, first")
 
     @property
     def tokens(self) -> Sequence[Token]:
@@ -311,9 +293,9 @@ class ChatReader:
         """Whether the tokens have log-probabilities."""
         return self._tokens.logprobs
 
-    @property
-    def _ended(self) -> bool:
-        return self._completion is not None or self._failure is not None
+    def cancel(self) -> None:
+        """Ends the generation without waiting for it; the stream then ends too. Any thread may call this; nothing happens after the end."""
+        self._tokens.cancel()
 
     def _push(self, token: Token) -> None:
         self._ready.extend(self._parser.push(token.text))
@@ -324,27 +306,15 @@ class ChatReader:
         self._ready.extend(self._parser.finish())
         self._completion = self._parser.complete(completion)
 
-    def __repr__(self) -> str:
-        state = "running" if not self._ended else self._completion.finish_reason if self._completion else "failed"
-        return f"<{type(self).__name__} {state}>"
 
-
-class ChatStream(ChatReader, Iterator[ChatDelta]):
+class ChatStream(ChatReader[TokenStream], SyncStream[ChatDelta, ChatCompletion]):
     """Iterates over what an answer gains; made by `Engine.stream_chat()`.
 
     As a `TokenStream`, it runs whether or not anybody reads, and is cancelled by `close()`, by leaving a `with` block, and when nobody
     refers to it any more.
     """
 
-    __slots__ = ("_tokens",)
-    _tokens: TokenStream
-
-    def __init__(self, tokens: TokenStream, parser: ChatParser) -> None:
-        super().__init__(parser)
-        self._tokens = tokens
-
-    def __iter__(self) -> Self:
-        return self
+    __slots__ = ()
 
     def __next__(self) -> ChatDelta:
         """What the answer gained next; waits for it.
@@ -363,29 +333,6 @@ class ChatStream(ChatReader, Iterator[ChatDelta]):
                 self._failure = failure_text(error)
                 raise
         return self._ready.popleft()
-
-    def cancel(self) -> None:
-        """Ends the generation without waiting for it; the stream then ends too. Any thread may call this; nothing happens after the end."""
-        self._tokens.cancel()
-
-    def close(self) -> None:
-        """Cancels the generation if it still runs; `completion` then has what was read so far. Idempotent."""
-        self.cancel()
-        with contextlib.suppress(LlamaMoeError):
-            for _ in self:
-                pass
-
-    def read_all(self) -> ChatCompletion:
-        """Reads to the end and returns the answer."""
-        for _ in self:
-            pass
-        return self.completion
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
 
 
 def response_schema(response_format: Mapping[str, object] | None) -> str | None:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from . import _core
 from .errors import LlamaMoeError, RequestTimeoutError
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from .chat import ChatCompletion
+
     TokenEntry: TypeAlias = tuple[int, str, float | None, list[tuple[int, str, float]] | None]
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT", bound="Completion | ChatCompletion")
 
 # What Token(*entry) does, in a third of the time.
 _plain_token: Callable[[TokenEntry], Token] = partial(tuple.__new__, Token)
@@ -76,16 +81,76 @@ def failure_text(error: LlamaMoeError) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-class GenerationReader:
-    """What streams of both kinds are made of: the tokens that were read, those that came since, and how it ended."""
+class AnyStream(Generic[ResultT]):
+    """What all streams have: how the generation ended."""
+
+    __slots__ = ("__weakref__", "_completion", "_failure")
+
+    def __init__(self) -> None:
+        self._completion: ResultT | None = None
+        self._failure: str | None = None
+
+    @property
+    def completion(self) -> ResultT:
+        """The whole generation, once it has ended: a `Completion`; of a chat a `ChatCompletion`.
+
+        Raises:
+            LlamaMoeError: it has not ended yet, or it failed.
+        """
+        if self._completion is not None:
+            return self._completion
+        if self._failure is not None:
+            raise LlamaMoeError(f"there is no completion, the generation failed: {self._failure}")
+        raise LlamaMoeError("there is no completion yet: read the stream to its end, or close it, first")
+
+    def cancel(self) -> None:
+        """Ends the generation without waiting for it; the stream then ends too. Any thread may call this; nothing happens after the end."""
+        raise NotImplementedError
+
+    @property
+    def _ended(self) -> bool:
+        return self._completion is not None or self._failure is not None
+
+    @property
+    def _state(self) -> str:
+        return "failed" if self._failure is not None else "running" if self._completion is None else self._completion.finish_reason
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._state}>"
+
+
+class SyncStream(AnyStream[ResultT], Iterator[ItemT], Generic[ItemT, ResultT]):
+    """What a thread reads, and can leave."""
+
+    __slots__ = ()
+
+    def read_all(self) -> ResultT:
+        """Reads to the end and returns the `completion`."""
+        for _ in self:
+            pass
+        return self.completion
+
+    def close(self) -> None:
+        """Cancels the generation if it still runs; `completion` then has what was read so far. Idempotent."""
+        self.cancel()
+        with contextlib.suppress(LlamaMoeError):
+            for _ in self:
+                pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+class GenerationReader(AnyStream[Completion]):
+    """What streams of tokens are made of: the tokens that were read, and those that came since."""
 
     __slots__ = (
-        "__weakref__",
         "_cancelled",
-        "_completion",
         "_engine",
         "_exhausted",
-        "_failure",
         "_generation",
         "_logprobs",
         "_ready",
@@ -96,6 +161,7 @@ class GenerationReader:
     _forked: ClassVar[bool] = False
 
     def __init__(self, generation: _core.Generation, engine: object = None, *, logprobs: bool = False) -> None:
+        super().__init__()
         self._generation = generation
         self._logprobs = logprobs
         self._engine = engine  # an engine that nobody else refers to lives as long as its streams
@@ -103,21 +169,6 @@ class GenerationReader:
         self._ready: deque[Token] = deque()
         self._exhausted = False
         self._cancelled = False
-        self._completion: Completion | None = None
-        self._failure: str | None = None
-
-    @property
-    def completion(self) -> Completion:
-        """The whole generation, once it has ended.
-
-        Raises:
-            LlamaMoeError: it has not ended yet, or it failed.
-        """
-        if self._completion is not None:
-            return self._completion
-        if self._failure is not None:
-            raise LlamaMoeError(f"there is no completion, the generation failed: {self._failure}")
-        raise LlamaMoeError("there is no completion yet: read the stream to its end, or close it, first")
 
     @property
     def tokens(self) -> Sequence[Token]:
@@ -159,16 +210,11 @@ class GenerationReader:
         # A generation may end by itself just before it is cancelled, with tokens that nobody read.
         self._completion = make_completion(self._tokens, self._generation.result(), cancelled=self._cancelled, logprobs=self._logprobs)
 
-    @property
-    def _ended(self) -> bool:
-        return self._completion is not None or self._failure is not None
-
     def __repr__(self) -> str:
-        state = "running" if not self._ended else self._completion.finish_reason if self._completion else "failed"
-        return f"<{type(self).__name__} {state}, {len(self._tokens)} tokens read>"
+        return f"<{type(self).__name__} {self._state}, {len(self._tokens)} tokens read>"
 
 
-class TokenStream(GenerationReader, Iterator[Token]):
+class TokenStream(GenerationReader, SyncStream[Token, Completion]):
     """Iterates over the tokens of one generation as they come; made by `Engine.stream()`.
 
     The generation runs whether or not anybody reads. When its engine is closed, the stream ends with what came until then, and the
@@ -178,9 +224,6 @@ class TokenStream(GenerationReader, Iterator[Token]):
     """
 
     __slots__ = ()
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Token:
         """The next token; waits for it.
@@ -199,25 +242,6 @@ class TokenStream(GenerationReader, Iterator[Token]):
         token = ready.popleft()
         self._tokens.append(token)
         return token
-
-    def close(self) -> None:
-        """Cancels the generation if it still runs; `completion` then has the tokens read so far. Idempotent."""
-        self.cancel()
-        with contextlib.suppress(LlamaMoeError):
-            for _ in self:
-                pass
-
-    def read_all(self) -> Completion:
-        """Reads to the end and returns the completion."""
-        for _ in self:
-            pass
-        return self.completion
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
 
 
 def _after_fork() -> None:
