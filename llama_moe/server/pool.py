@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import llama_moe
 from llama_moe import errors
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llama_moe.server")
 
 _LISTED_NAMES = 8
+# After a look at the model folders, which names that do not exist ask for too, there is none for this many times as long as it took, but
+# not for longer than this.
+_REST = 10.0
+_LONGEST_REST_SECONDS = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +99,8 @@ class ModelPool:
         self._budget = MemoryBudget(settings)
         self._one_load = asyncio.Lock()
         self._one_scan = asyncio.Lock()
+        self._next_scan: asyncio.Task[dict[str, ModelFile]] | None = None
+        self._rested_at = 0.0
         self._changed = asyncio.Event()
         self._reaper: asyncio.Task[None] | None = None
         self._unloading: set[asyncio.Task[None]] = set()  # which asyncio itself would forget
@@ -121,10 +127,23 @@ class ModelPool:
             self._release(await self._take(first))
 
     async def files(self) -> dict[str, ModelFile]:
-        """Every model that there is now, by its name, loaded or not."""
+        """Every model that there is now, by its name, loaded or not. All who ask before the next look at the folders begins share it."""
+        if self._next_scan is None:
+            self._next_scan = asyncio.create_task(self._scan())
+            self._next_scan.add_done_callback(_look_at_outcome)
+        return dict(await asyncio.shield(self._next_scan))
+
+    async def _scan(self) -> dict[str, ModelFile]:
         async with self._one_scan:
-            self._files = await asyncio.to_thread(find_models, self._settings)
-            return dict(self._files)
+            await asyncio.sleep(max(self._rested_at - time.monotonic(), 0))
+            self._next_scan = None  # who comes from here on may know of a file that this one does not see
+            begin = time.monotonic()
+            try:
+                self._files = await asyncio.to_thread(find_models, self._settings)
+            finally:
+                end = time.monotonic()
+                self._rested_at = end + min(_REST * (end - begin), _LONGEST_REST_SECONDS)
+            return self._files
 
     def loaded(self) -> list[ServedModel]:
         """The models that are loaded now."""
@@ -319,10 +338,10 @@ class ModelPool:
                 await asyncio.wait_for(self._changed.wait(), min(waits, default=None))
 
 
-def _look_at_outcome(load: asyncio.Task[ServedModel]) -> None:
-    """Keeps asyncio from telling of a load that failed when nobody waited for it any more: that was done."""
-    if not load.cancelled():
-        load.exception()
+def _look_at_outcome(task: asyncio.Task[Any]) -> None:
+    """Keeps asyncio from telling of a failure for which nobody waited any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _not_found(name: str, files: dict[str, ModelFile]) -> ApiError:

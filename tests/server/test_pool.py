@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import llama_moe
 from llama_moe.errors import DoesNotFitError
 from llama_moe.server import ServerSettings
+from llama_moe.server.discovery import ModelFile, find_models
 from llama_moe.server.errors import ApiError
 from llama_moe.server.pool import ModelPool
 from tests.support.loops import until
@@ -197,6 +199,44 @@ def test_files_that_come_change_and_go(folder: Path, tiny_model: Callable[[str],
             with pytest.raises(ApiError, match="'b' does not exist"):
                 await touch(pool, "b")
             assert "b" not in await pool.files()
+
+    asyncio.run(main())
+
+
+def test_names_that_do_not_exist_cost_few_looks_at_the_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+
+    def counted(settings: ServerSettings) -> dict[str, ModelFile]:
+        begin = time.perf_counter()
+        try:
+            return find_models(settings)
+        finally:
+            looks.append(time.perf_counter() - begin)
+
+    monkeypatch.setattr(llama_moe.server.pool, "find_models", counted)
+
+    async def ask(pool: ModelPool, name: str) -> None:
+        with pytest.raises(ApiError, match=f"{name!r} does not exist"):
+            await touch(pool, name)
+
+    async def main() -> None:
+        async with open_pool(folder) as pool:
+            looks.clear()
+            await asyncio.gather(*(ask(pool, f"no-{number}") for number in range(1000)))
+            assert 1 <= len(looks) <= 2
+            # One after the other each has a look of its own, but with pauses.
+            looks.clear()
+            begin = time.perf_counter()
+            for number in range(20):
+                await ask(pool, f"no-{number}")
+            assert len(looks) == 20
+            assert sum(looks) < (time.perf_counter() - begin) / 5
+            # A file that came meanwhile is found by the first who asks, also among many who ask for what is not there.
+            others = [asyncio.create_task(ask(pool, f"no-{number}")) for number in range(100)]
+            await asyncio.sleep(0)
+            shutil.copy(folder / "a.gguf", folder / "new.gguf")
+            await touch(pool, "new")
+            await asyncio.gather(*others)
 
     asyncio.run(main())
 
