@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import llama_moe
@@ -34,10 +35,17 @@ def load_engine(settings: ServerSettings, path: Path, on_progress: Callable[[flo
 
 
 def _placement(settings: ServerSettings, path: Path) -> PlacementLike:
-    """Where a model's experts go. What a server of many models asks of experts asks nothing of one that has none."""
-    if as_placement(settings.experts).kind in ("fit", "gpu", "rules") or llama_moe.inspect(path).expert_count:
-        return settings.experts
-    return ExpertPlacement.fit()
+    """Where a model's experts go. What is asked for all models of a server asks of each what it has: layers, and experts."""
+    placement = as_placement(settings.experts)
+    if placement.kind in ("fit", "gpu", "rules"):
+        return placement
+    model = llama_moe.inspect(path)
+    if not model.expert_count:
+        return ExpertPlacement.fit()
+    if placement.kind == "cpu_first":
+        first = min(tensor.layer for tensor in model.tensors if tensor.role == "experts" and tensor.layer is not None)
+        return replace(placement, count=min(placement.count, model.layer_count)) if placement.count > first else ExpertPlacement.gpu()
+    return placement
 
 
 def _planned_options(settings: ServerSettings, path: Path) -> dict[str, Any]:
