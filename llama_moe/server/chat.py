@@ -29,8 +29,8 @@ from .chat_types import (
     ToolChoiceObject,
 )
 from .errors import ERROR_RESPONSES, ApiError
-from .results import Usage, check_ended, new_id, now, token_logprobs, usage_of
-from .sampling import check_choices, sampling_params, with_seed
+from .results import Usage, new_id, now, token_logprobs, usage_of
+from .sampling import check_choices, sampling_params, wants_usage, with_seed
 from .state import ServerState, State
 from .streaming import DONE, StreamResponse, json_event, merged, read_all, unless_gone
 from .tokens import prompt_tokens
@@ -74,8 +74,11 @@ class ChatCall:
     template_options: Mapping[str, object] = field(default_factory=dict)
     continue_final_message: bool = False
 
-    async def start(self, served: ServedModel, settings: ServerSettings, *, choices: int = 1) -> list[AsyncChatStream]:
+    async def start(self, served: ServedModel, settings: ServerSettings, *, choices: int = 1) -> tuple[int, list[AsyncChatStream]]:
         """Starts to answer, as often as there are choices. The event loop goes on while a long conversation becomes tokens.
+
+        Returns:
+            The tokens of the prompt, and the answers.
 
         Raises:
             ApiError: the prompt is longer than the server allows.
@@ -92,7 +95,7 @@ class ChatCall:
             for stream in streams:
                 await stream.aclose()
             raise
-        return streams
+        return len(ids), streams
 
     async def count(self, served: ServedModel) -> int:
         """The tokens of the prompt, without answering."""
@@ -163,22 +166,18 @@ async def chat_completions(body: ChatRequest, request: Request, state: State) ->
     """Answers a conversation, in the format of the model's chat template."""
     choices = body.n or 1
     check_choices(choices, state.settings)
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    include_usage = wants_usage(body)
     call = await asyncio.to_thread(chat_call, body, state.settings)  # schemas are compiled in there
     async with AsyncExitStack() as held:
         served = await held.enter_async_context(state.pool.use(body.model))
-        streams = await call.start(served, state.settings, choices=choices)
+        _, streams = await call.start(served, state.settings, choices=choices)
         for stream in streams:
             held.push_async_callback(stream.aclose)
         if body.stream:
-            include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             events = _events(state, served, streams, include_usage=include_usage)
             return StreamResponse(events, request=request, state=state, held=held.pop_all())
         answers = await unless_gone(request, read_all(streams))
-        for answer in answers:
-            check_ended(answer)
-            state.completed(served, answer)
+        state.completed(served, *answers)
         reply = ChatReply(
             id=new_id("chatcmpl"),
             created=now(),
@@ -194,7 +193,7 @@ def _choice(served: ServedModel, index: int, answer: ChatCompletion) -> ChatChoi
         index=index,
         message=answer_message(answer),
         logprobs=None if answer.logprobs is None else _logprobs(served, answer.logprobs),
-        finish_reason=answer.finish_reason,  # type: ignore[arg-type]  # check_ended() has seen it
+        finish_reason=answer.finish_reason,  # type: ignore[arg-type]  # completed() has seen it
     )
 
 
@@ -224,17 +223,15 @@ async def _events(
 
     # Where the usage is asked for, OpenAI's other chunks have it as null.
     no_usage: dict[str, Usage | None] = {"usage": None} if include_usage else {}
-    async for _, choice in merged([_choices(served, index, stream) for index, stream in enumerate(streams)]):
+    async for _, choice in merged([_choices(state, served, index, stream) for index, stream in enumerate(streams)]):
         yield chunk([choice], **no_usage)
-    answers = [stream.completion for stream in streams]
-    for answer in answers:
-        state.completed(served, answer)
     if include_usage:
+        answers = [stream.completion for stream in streams]
         yield chunk([], usage=usage_of(answers[:1], answers))
     yield DONE
 
 
-async def _choices(served: ServedModel, index: int, stream: AsyncChatStream) -> AsyncIterator[ChunkChoice]:
+async def _choices(state: ServerState, served: ServedModel, index: int, stream: AsyncChatStream) -> AsyncIterator[ChunkChoice]:
     """What one answer gains, from its first chunk to the one that says how it ended."""
     told = 0  # of its tokens, with their log-probabilities
 
@@ -250,7 +247,7 @@ async def _choices(served: ServedModel, index: int, stream: AsyncChatStream) -> 
     async for delta in stream:
         yield choice(chunk_delta(delta))
     answer = stream.completion
-    check_ended(answer)
+    state.completed(served, answer)
     yield choice(Delta(), answer.finish_reason)  # type: ignore[arg-type]  # neither is it "cancelled"
 
 

@@ -95,12 +95,6 @@ class ResponseFormat(BaseModel):
     schema_: dict[str, Any] | None = Field(default=None, alias="schema", description='With "json_object": what it must be of.')
 
 
-class StreamOptions(BaseModel):
-    """Of an answer that is streamed."""
-
-    include_usage: bool | None = Field(default=None, description="Send the usage, in an event of its own before the end.")
-
-
 class ChatRequest(SamplingFields):
     """A conversation to answer."""
 
@@ -108,7 +102,6 @@ class ChatRequest(SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1)] = Field(description="The conversation so far.")
     max_completion_tokens: int | None = Field(default=None, ge=1, description="Most tokens of the answer, its reasoning included.")
     max_tokens: int | None = Field(default=None, ge=1, description="The same, by its older name.")
-    stream_options: StreamOptions | None = Field(default=None, description="Only with `stream`.")
     logprobs: bool | None = Field(default=None, description="Give the log-probability of each token.")
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS, description="And of this many alternatives.")
     tools: list[Tool] | None = Field(default=None, description="Functions that the model may ask to call.")

@@ -12,10 +12,9 @@ from pydantic import BaseModel, Field
 from llama_moe.aio import open_stream
 
 from .chat import check_prompt
-from .chat_types import StreamOptions
 from .errors import ERROR_RESPONSES, ApiError
-from .results import Usage, check_ended, finite, new_id, now, token_text, usage_of
-from .sampling import MAX_TOP_LOGPROBS, SamplingFields, check_choices, sampling_params, with_seed
+from .results import Usage, finite, new_id, now, token_text, usage_of
+from .sampling import MAX_TOP_LOGPROBS, SamplingFields, check_choices, sampling_params, wants_usage, with_seed
 from .state import ServerState, State
 from .streaming import DONE, StreamResponse, json_event, merged, read_all, unless_gone
 from .tokens import PromptInput, prompt_ids
@@ -40,7 +39,6 @@ class CompletionRequest(SamplingFields):
     model: str | None = Field(default=None, description="Which model; may be left out where there is one only.")
     prompt: PromptInput = Field(description="A text, token ids, or a list of either.")
     max_tokens: int | None = Field(default=None, ge=1, description=f"Most tokens of a completion; {DEFAULT_MAX_TOKENS} if not given.")
-    stream_options: StreamOptions | None = Field(default=None, description="Only with `stream`.")
     logprobs: int | None = Field(
         default=None, ge=0, le=MAX_TOP_LOGPROBS, description="Give the log-probability of each token, and of this many alternatives."
     )
@@ -89,6 +87,7 @@ class CompletionReply(BaseModel):
 async def completions(body: CompletionRequest, request: Request, state: State) -> Response:
     """Goes on with texts, as they are: no chat template is used."""
     _check_supported(body)
+    include_usage = wants_usage(body)
     choices = body.n or 1
     params = await asyncio.to_thread(  # schemas are compiled in there
         sampling_params,
@@ -110,13 +109,10 @@ async def completions(body: CompletionRequest, request: Request, state: State) -
                 held.push_async_callback(stream.aclose)
                 streams.append(stream)
         if body.stream:
-            include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             events = _events(state, served, streams, choices, include_usage=include_usage)
             return StreamResponse(events, request=request, state=state, held=held.pop_all())
         finished = await unless_gone(request, read_all(streams))
-        for completion in finished:
-            check_ended(completion)
-            state.completed(served, completion)
+        state.completed(served, *finished)
         reply = CompletionReply(
             id=new_id("cmpl"),
             created=now(),
@@ -134,8 +130,6 @@ def _check_supported(body: CompletionRequest) -> None:
         raise ApiError(400, "suffix is not supported; a text can only be continued", param="suffix")
     if body.best_of not in (None, body.n or 1):
         raise ApiError(400, f"best_of is {body.best_of}; only the value of n, which is {body.n or 1}, is supported", param="best_of")
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
 
 
 def _choice(served: ServedModel, index: int, completion: Completion) -> CompletionChoice:
@@ -143,7 +137,7 @@ def _choice(served: ServedModel, index: int, completion: Completion) -> Completi
         index=index,
         text=completion.text,
         logprobs=None if completion.logprobs is None else _logprobs(served, completion.logprobs, 0),
-        finish_reason=completion.finish_reason,  # type: ignore[arg-type]  # check_ended() has seen it
+        finish_reason=completion.finish_reason,  # type: ignore[arg-type]  # completed() has seen it
     )
 
 
@@ -170,17 +164,15 @@ async def _events(
         chunk = CompletionReply(id=reply, object="text_completion", created=created, model=served.name, choices=parts, usage=usage)
         return json_event(chunk)
 
-    async for _, part in merged([_parts(served, index, stream) for index, stream in enumerate(streams)]):
+    async for _, part in merged([_parts(state, served, index, stream) for index, stream in enumerate(streams)]):
         yield event([part])
-    finished = [stream.completion for stream in streams]
-    for completion in finished:
-        state.completed(served, completion)
     if include_usage:
+        finished = [stream.completion for stream in streams]
         yield event([], usage_of(finished[::choices], finished))
     yield DONE
 
 
-async def _parts(served: ServedModel, index: int, stream: AsyncTokenStream) -> AsyncIterator[CompletionChoice]:
+async def _parts(state: ServerState, served: ServedModel, index: int, stream: AsyncTokenStream) -> AsyncIterator[CompletionChoice]:
     """What one completion gains, up to the part that says how it ended."""
     offset = 0
     async for token in stream:
@@ -189,6 +181,6 @@ async def _parts(served: ServedModel, index: int, stream: AsyncTokenStream) -> A
         logprobs = _logprobs(served, [token], offset) if stream.logprobs else None
         offset += len(token.text)
         yield CompletionChoice(index=index, text=token.text, logprobs=logprobs, finish_reason=None)
-    check_ended(stream.completion)
+    state.completed(served, stream.completion)
     reason: FinishReason = stream.completion.finish_reason  # type: ignore[assignment]  # not "cancelled"
     yield CompletionChoice(index=index, text="", logprobs=None, finish_reason=reason)

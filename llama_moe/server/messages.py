@@ -14,7 +14,6 @@ from .errors import register_shape
 from .messages_events import MessageBuilder
 from .messages_input import chat_messages, effort, offered_tools, response_format, thinks
 from .messages_models import CountRequest, Message, MessageRequest, MessagesErrorBody, TokenCount
-from .results import check_ended
 from .sampling import sampling_params
 from .state import ServerState, State
 from .streaming import StreamResponse, json_event, read_to_end, unless_gone
@@ -94,8 +93,7 @@ async def create_message(body: MessageRequest, request: Request, state: State) -
     call = await asyncio.to_thread(chat_call, body, state.settings)  # schemas are compiled in there
     async with AsyncExitStack() as held:
         served = await held.enter_async_context(state.pool.use(body.model))
-        prompt_tokens = await call.count(served) if body.stream else 0
-        (stream,) = await call.start(served, state.settings)
+        prompt_tokens, (stream,) = await call.start(served, state.settings)
         held.push_async_callback(stream.aclose)
         builder = MessageBuilder(served.name, prompt_tokens=prompt_tokens, stops=body.stop_sequences or ())
         events = _events(state, served, stream, builder, body.max_tokens)
@@ -128,7 +126,6 @@ async def _events(
     completion = stream.completion
     if builder.stopped:
         completion = replace(completion, finish_reason="stop")
-    check_ended(completion)
     state.completed(served, completion)
     for event in builder.finish(completion, max_tokens=max_tokens):
         yield event

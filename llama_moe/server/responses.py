@@ -14,7 +14,7 @@ from .errors import ERROR_RESPONSES, as_api_error
 from .responses_events import ResponseBuilder, new_id
 from .responses_input import chat_messages, check_supported, offered_tools, response_format
 from .responses_models import Reasoning, Response, ResponseRequest, TextConfig, TextFormat
-from .results import check_ended, now
+from .results import now
 from .sampling import sampling_params
 from .state import ServerState, State
 from .streaming import StreamResponse, json_event, read_to_end, unless_gone
@@ -71,7 +71,7 @@ async def create_response(body: ResponseRequest, request: Request, state: State)
     call = await asyncio.to_thread(chat_call, body, state.settings)  # schemas are compiled in there
     async with AsyncExitStack() as held:
         served = await held.enter_async_context(state.pool.use(body.model))
-        (stream,) = await call.start(served, state.settings)
+        _, (stream,) = await call.start(served, state.settings)
         held.push_async_callback(stream.aclose)
         builder = ResponseBuilder(_begun(body, call, served), served.model)
         events = _events(state, served, stream, builder)
@@ -90,7 +90,6 @@ async def _events(state: ServerState, served: ServedModel, stream: AsyncChatStre
         told += len(tokens)
         for event in builder.add(delta, tokens):
             yield event
-    check_ended(stream.completion)
     state.completed(served, stream.completion)
     for event in builder.finish(stream.completion):
         yield event

@@ -1,4 +1,4 @@
-"""What all of OpenAI's endpoints tell of generations: their usage, their log-probabilities, how they ended."""
+"""What all of OpenAI's endpoints tell of generations: their usage and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
-
-from .errors import shutting_down
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -63,16 +61,6 @@ def usage_of(prompts: Iterable[Completion | ChatCompletion], completions: Sequen
         total_tokens=prompt + generated,
         prompt_tokens_details=PromptDetails(cached_tokens=cached),
     )
-
-
-def check_ended(completion: Completion | ChatCompletion) -> None:
-    """Refuses to give out a completion as whole that was cut off by the end of its engine.
-
-    Raises:
-        ApiError: it was.
-    """
-    if completion.finish_reason == "cancelled":
-        raise shutting_down()
 
 
 def token_logprobs(model: Model, tokens: Iterable[Token]) -> list[TokenLogprob]:

@@ -46,6 +46,12 @@ class FurtherSampling(BaseModel):
     json_schema: dict[str, Any] | None = Field(default=None, description="A JSON schema that the text is JSON of.")
 
 
+class StreamOptions(BaseModel):
+    """Of an answer that is streamed."""
+
+    include_usage: bool | None = Field(default=None, description="Send the usage, in an event of its own before the end.")
+
+
 class SamplingFields(FurtherSampling):
     """What completions and chats have in common."""
 
@@ -57,13 +63,14 @@ class SamplingFields(FurtherSampling):
     logit_bias: dict[str, float] | None = Field(default=None, description="Added to the logit of each token id.")
     n: int | None = Field(default=None, ge=1, description="How many completions; 1 if not given.")
     stream: bool | None = Field(default=None, description="Send the answer as it comes, as server-sent events.")
+    stream_options: StreamOptions | None = Field(default=None, description="Only with `stream`.")
 
 
 # Fields that SamplingParams has by another name.
 _RENAMED = {"repeat_last_n": "penalty_window", "dry_penalty_last_n": "dry_penalty_window"}
 _SEEDS = 1 << 32
 _LEAST_TOP_P = 1e-6
-_NOT_SAMPLING = {"n", "stream", "logit_bias"}
+_NOT_SAMPLING = {"n", "stream", "stream_options", "logit_bias"}
 
 
 def sampling_params(fields: FurtherSampling, settings: ServerSettings, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
@@ -110,6 +117,19 @@ def _token_id(key: str) -> int:
 def with_seed(params: SamplingParams, index: int) -> SamplingParams:
     """The sampling of one of several completions: with a seed, each has one of its own that follows from it."""
     return params if params.seed is None or index == 0 else replace(params, seed=(params.seed + index) % _SEEDS)
+
+
+def wants_usage(fields: SamplingFields) -> bool:
+    """Whether the answer is a stream that ends with its usage.
+
+    Raises:
+        ApiError: it has the options of a stream, and is none.
+    """
+    if fields.stream_options is None:
+        return False
+    if not fields.stream:
+        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    return bool(fields.stream_options.include_usage)
 
 
 def check_choices(choices: int, settings: ServerSettings) -> None:

@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 
 from llama_moe import ChatCompletion, Completion
 
+from .errors import shutting_down
 from .figures import ServerMetrics
 from .pool import ModelPool, ServedModel
 from .settings import ServerSettings
@@ -38,10 +39,17 @@ class ServerState:
     stopping: bool = False
     observers: list[Observer] = field(default_factory=list)
 
-    def completed(self, served: ServedModel, completion: Completion | ChatCompletion) -> None:
-        """Tells the observers."""
-        for observer in self.observers:
-            observer(served, completion)
+    def completed(self, served: ServedModel, *completions: Completion | ChatCompletion) -> None:
+        """Tells the observers of completions that a client is given now.
+
+        Raises:
+            ApiError: one of them was cut off by the end of its engine, so that none may be given as whole.
+        """
+        if any(completion.finish_reason == "cancelled" for completion in completions):
+            raise shutting_down()
+        for completion in completions:
+            for observer in self.observers:
+                observer(served, completion)
 
 
 def _state_of(request: Request) -> ServerState:

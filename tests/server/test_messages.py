@@ -13,7 +13,7 @@ import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from anthropic.types import Message, TextBlock, ThinkingBlock, ToolUseBlock
 
-from llama_moe import SamplingParams
+from llama_moe import Model, SamplingParams
 from llama_moe.server import ServerSettings
 from tests.support.servers import ServerProcess, local_server
 
@@ -228,6 +228,23 @@ def test_what_is_not_there_is_an_error_of_that_api(server: ServerProcess) -> Non
     response = httpx.post(f"{server.url}/v1/messages/batches", json={})
     assert response.status_code == 404
     assert response.json() == {"type": "error", "error": {"type": "not_found_error", "message": "there is no POST /v1/messages/batches"}}
+
+
+def test_a_prompt_becomes_tokens_once(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenize, texts = Model.tokenize, []
+
+    def noted(model: Model, text: str, **options: bool) -> list[int]:
+        texts.append(text)
+        return tokenize(model, text, **options)
+
+    settings = ServerSettings(models=[models_dir / "tools.gguf"], experts="cpu", devices=[], context_size=256, threads=1)
+    with local_server(settings) as local, Anthropic(base_url=local.url, api_key="none", max_retries=0) as client:
+        count = client.messages.count_tokens(model="tools", messages=HELLO).input_tokens
+        monkeypatch.setattr(Model, "tokenize", noted)
+        begin = next(iter(client.messages.create(model="tools", max_tokens=1, messages=HELLO, stream=True)))
+        assert begin.type == "message_start"
+        assert begin.message.usage.input_tokens == count
+        assert len(texts) == 1
 
 
 def test_the_key_is_that_of_the_client(models_dir: Path) -> None:
