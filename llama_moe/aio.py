@@ -272,6 +272,7 @@ async def _read_all(starts: Sequence[Callable[[float | None], AsyncTokenStream]]
     ended = 0
     try:
         for start_one in starts:
+            await asyncio.sleep(0)  # nothing in here has to wait for anything, and other tasks want to run
             while True:
                 try:
                     streams.append(start_one(deadline.left()))
@@ -285,6 +286,7 @@ async def _read_all(starts: Sequence[Callable[[float | None], AsyncTokenStream]]
                 else:  # the requests of others fill the queue, and nothing tells when one of them ends
                     await asyncio.sleep(_ROOM_SECONDS)
         for stream in streams[ended:]:
+            await asyncio.sleep(0)
             await stream.read_all()
     except BaseException:
         for stream in streams:

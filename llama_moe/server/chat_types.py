@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .bodies import MAX_TOOLS, Items
 from .results import TokenLogprob, Usage
 from .sampling import MAX_TOP_LOGPROBS, SamplingFields
 
@@ -38,10 +39,10 @@ class Message(BaseModel):
     """A message of the conversation. Fields that are not known are left out of it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who says it.")
-    content: str | list[ContentPart] | None = Field(default=None, description="What is said: text, or parts that are text.")
+    content: str | Items[ContentPart] | None = Field(default=None, description="What is said: text, or parts that are text.")
     name: str | None = Field(default=None, description="Of who says it, for templates that have a place for it.")
     reasoning_content: str | None = Field(default=None, description="What the assistant thought first.")
-    tool_calls: list[MessageToolCall] | None = Field(default=None, description="What the assistant asked to call.")
+    tool_calls: Items[MessageToolCall] | None = Field(default=None, description="What the assistant asked to call.")
     tool_call_id: str | None = Field(default=None, description="Of a tool's message: whose result it is.")
 
 
@@ -99,12 +100,12 @@ class ChatRequest(SamplingFields):
     """A conversation to answer."""
 
     model: str | None = Field(default=None, description="Which model; may be left out where there is one only.")
-    messages: Annotated[list[Message], Field(min_length=1)] = Field(description="The conversation so far.")
+    messages: Annotated[Items[Message], Field(min_length=1)] = Field(description="The conversation so far.")
     max_completion_tokens: int | None = Field(default=None, ge=1, description="Most tokens of the answer, its reasoning included.")
     max_tokens: int | None = Field(default=None, ge=1, description="The same, by its older name.")
     logprobs: bool | None = Field(default=None, description="Give the log-probability of each token.")
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS, description="And of this many alternatives.")
-    tools: list[Tool] | None = Field(default=None, description="Functions that the model may ask to call.")
+    tools: Items[Tool] | None = Field(default=None, max_length=MAX_TOOLS, description="Functions that the model may ask to call.")
     tool_choice: Literal["none", "auto", "required"] | ToolChoiceObject | None = Field(
         default=None, description='"auto": as the model likes; "none": not; "required": at least one; or the one named.'
     )

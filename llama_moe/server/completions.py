@@ -17,7 +17,7 @@ from .results import Usage, finite, new_id, now, token_text, usage_of
 from .sampling import MAX_TOP_LOGPROBS, SamplingFields, check_choices, sampling_params, wants_usage, with_seed
 from .state import ServerState, State
 from .streaming import DONE, StreamResponse, json_event, merged, read_all, unless_gone
-from .tokens import PromptInput, prompt_ids
+from .tokens import PromptInput, each_prompt, prompt_ids
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -89,6 +89,8 @@ async def completions(body: CompletionRequest, request: Request, state: State) -
     _check_supported(body)
     include_usage = wants_usage(body)
     choices = body.n or 1
+    texts = each_prompt(body.prompt)
+    check_choices(choices * len(texts), state.settings)
     params = await asyncio.to_thread(  # schemas are compiled in there
         sampling_params,
         body,
@@ -98,8 +100,7 @@ async def completions(body: CompletionRequest, request: Request, state: State) -
     )
     async with AsyncExitStack() as held:
         served = await held.enter_async_context(state.pool.use(body.model))
-        prompts = await prompt_ids(served.engine, body.prompt)
-        check_choices(choices * len(prompts), state.settings)
+        prompts = await prompt_ids(served.engine, texts)
         for prompt in prompts:
             check_prompt(len(prompt), state.settings)
         streams: list[AsyncTokenStream] = []

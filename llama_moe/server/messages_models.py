@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
+from .bodies import MAX_TOOLS, Items
 from .sampling import FurtherSampling
 
 StopReason: TypeAlias = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
@@ -55,7 +56,7 @@ class ToolUseBlock(RequestModel):
     input: dict[str, JsonValue]
 
 
-TextContent: TypeAlias = Annotated[Annotated[str, Tag("text")] | Annotated[list[TextBlock], Tag("list")], Discriminator(_text_or_list)]
+TextContent: TypeAlias = Annotated[Annotated[str, Tag("text")] | Annotated[Items[TextBlock], Tag("list")], Discriminator(_text_or_list)]
 
 
 class ToolResultBlock(RequestModel):
@@ -71,7 +72,7 @@ Block: TypeAlias = Annotated[
     TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
     Discriminator("type"),
 ]
-Content: TypeAlias = Annotated[Annotated[str, Tag("text")] | Annotated[list[Block], Tag("list")], Discriminator(_text_or_list)]
+Content: TypeAlias = Annotated[Annotated[str, Tag("text")] | Annotated[Items[Block], Tag("list")], Discriminator(_text_or_list)]
 
 
 class InputMessage(RequestModel):
@@ -158,9 +159,9 @@ class CountRequest(FurtherSampling):
     """The body of a request for the length of a prompt."""
 
     model: str | None = Field(default=None, description="Which model; may be left out where there is one only.")
-    messages: list[InputMessage] = Field(min_length=1)
+    messages: Items[InputMessage] = Field(min_length=1)
     system: TextContent | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Annotated[AutoChoice | AnyChoice | ToolChoice | NoChoice, Discriminator("type")] | None = None
     thinking: Annotated[ThinkingEnabled | ThinkingAdaptive | ThinkingDisabled, Discriminator("type")] | None = Field(
         default=None, description="None: disabled."
@@ -172,7 +173,7 @@ class MessageRequest(CountRequest):
     """The body of a request for a message."""
 
     max_tokens: int = Field(ge=1, le=2**31 - 1)
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = Field(
+    stop_sequences: Items[Annotated[str, Field(min_length=1)]] | None = Field(
         default=None, max_length=64, description="The first of them to appear in the answer's text ends it, and is not part of it."
     )
     temperature: float | None = Field(default=None, ge=0, le=1)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
+from .bodies import MAX_TOOLS, Entries, Items
 from .results import TokenLogprob
 from .sampling import MAX_TOP_LOGPROBS, FurtherSampling
 
@@ -49,7 +50,7 @@ def _text_or_list(value: object) -> str:
     return "text" if isinstance(value, str) else "list"
 
 
-InputContent: TypeAlias = Annotated[Annotated[str, Tag("text")] | Annotated[list[InputPart], Tag("list")], Discriminator(_text_or_list)]
+InputContent: TypeAlias = Annotated[Annotated[str, Tag("text")] | Annotated[Items[InputPart], Tag("list")], Discriminator(_text_or_list)]
 
 
 class InputMessage(RequestModel):
@@ -95,8 +96,8 @@ class InputReasoning(RequestModel):
     """The reasoning before an earlier answer."""
 
     type: Literal["reasoning"]
-    summary: list[SummaryText] = []
-    content: list[ReasoningText] | None = None
+    summary: Items[SummaryText] = []
+    content: Items[ReasoningText] | None = None
 
 
 def _item_type(value: object) -> object:
@@ -137,7 +138,7 @@ class AllowedTools(RequestModel):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[ChosenFunction]
+    tools: Items[ChosenFunction]
 
 
 class TextFormat(RequestModel):
@@ -185,23 +186,23 @@ class ResponseRequest(FurtherSampling):
 
     model: str | None = Field(default=None, description="Which model; may be left out where there is one only.")
     input: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[InputItem], Field(min_length=1), Tag("list")], Discriminator(_text_or_list)
+        Annotated[str, Tag("text")] | Annotated[Items[InputItem], Field(min_length=1), Tag("list")], Discriminator(_text_or_list)
     ] = Field(description="The question, or the whole conversation.")
     instructions: str | None = Field(default=None, description="A system message before the input.")
     max_output_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS, description="With log-probabilities of that many tokens.")
-    include: list[str] | None = Field(
+    include: Items[str] | None = Field(
         default=None, description='"message.output_text.logprobs": with log-probabilities; others are ignored.'
     )
-    tools: list[FunctionTool] | None = None
+    tools: Items[FunctionTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["auto", "none", "required"] | Annotated[ChosenFunction | AllowedTools, Discriminator("type")] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     stream: bool | None = None
-    metadata: dict[str, str] | None = Field(default=None, description="Returned as it is.")
+    metadata: Entries[str] | None = Field(default=None, description="Returned as it is.")
     store: bool | None = Field(default=None, description="Ignored: no response is ever stored.")
     truncation: Literal["auto", "disabled"] | None = Field(default=None, description="Ignored: nothing is left out of a conversation.")
     previous_response_id: str | None = Field(default=None, description="Not supported.")
@@ -212,7 +213,7 @@ class ResponseRequest(FurtherSampling):
     prompt_cache_key: str | None = Field(default=None, description="Ignored: every prompt's beginning is reused.")
     service_tier: str | None = Field(default=None, description="Ignored.")
     user: str | None = Field(default=None, description="Ignored.")
-    stop: str | list[str] | None = Field(default=None, description="The answer ends before any of these. Not OpenAI's.")
+    stop: str | Items[str] | None = Field(default=None, description="The answer ends before any of these. Not OpenAI's.")
     continue_final_message: bool | None = Field(default=None, description="Go on with the last message, the assistant's. Not OpenAI's.")
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from llama_moe import SamplingParams
 from llama_moe.errors import InvalidOptionError
 
+from .bodies import Entries, Items
 from .errors import ApiError
 from .settings import ServerSettings
 
@@ -37,7 +38,7 @@ class FurtherSampling(BaseModel):
     dry_base: float | None = Field(default=None, description="Its base.")
     dry_allowed_length: int | None = Field(default=None, ge=0, description="Tokens that may repeat without it.")
     dry_penalty_last_n: int | None = Field(default=None, ge=-1, description="Tokens it looks back; 0: off; -1: the whole context.")
-    dry_sequence_breakers: list[str] | None = Field(default=None, description="Strings across which no repetition is seen.")
+    dry_sequence_breakers: Items[str] | None = Field(default=None, description="Strings across which no repetition is seen.")
     mirostat: int | None = Field(default=None, ge=0, le=2, description="1 or 2: Mirostat in place of other filters; 0: off.")
     mirostat_tau: float | None = Field(default=None, description="Its target surprise, in bits.")
     mirostat_eta: float | None = Field(default=None, description="Its learning rate.")
@@ -57,10 +58,10 @@ class SamplingFields(FurtherSampling):
 
     temperature: float | None = Field(default=None, ge=0, description="Divides the logits; 0: always the most likely token.")
     top_p: Probability | None = Field(default=None, description="Keep the most likely tokens up to this probability; 1: all.")
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = Field(default=None, description="The text ends before any of these.")
+    stop: str | Annotated[Items[str], Field(max_length=64)] | None = Field(default=None, description="The text ends before any of these.")
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Subtracted from the logit of each recent token.")
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Subtracted once for each time it occurred.")
-    logit_bias: dict[str, float] | None = Field(default=None, description="Added to the logit of each token id.")
+    logit_bias: Entries[float] | None = Field(default=None, description="Added to the logit of each token id.")
     n: int | None = Field(default=None, ge=1, description="How many completions; 1 if not given.")
     stream: bool | None = Field(default=None, description="Send the answer as it comes, as server-sent events.")
     stream_options: StreamOptions | None = Field(default=None, description="Only with `stream`.")

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 
 from . import web_page
-from .body_text import check_text
+from .bodies import check_body
 from .errors import ApiError, error_response, shutting_down
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Gate:
     - With a key, what comes without it, but for `OPEN_PATHS`.
     - Without a key, what another site made a browser send: a page whose name was made to lead to this machine (DNS rebinding) has that name
       in `Host`, one that just sends requests here has its own in `Origin`.
-    - Bodies over the limit, also those that do not tell their length, and those that are no text.
+    - Bodies over the limit, also those that do not tell their length, those that are no text, and those with too many parts.
     """
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
@@ -126,7 +126,7 @@ class Gate:
         if more:  # it left in the middle
             pending: list[Message] = [{"type": "http.disconnect"}]
         else:
-            check_text(bytes(body))
+            await check_body(bytes(body))
             pending = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
