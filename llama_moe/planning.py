@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _core, _logging
@@ -12,6 +13,7 @@ from ._options import fill_context
 from ._sizes import format_size, parse_rate, parse_size
 from .devices import Device
 from .inspection import ModelInfo, header_file, inspect
+from .lora import as_adapters
 from .memory import MemoryReport
 from .model import model_options
 from .placement import ExpertPlacement, Placement, as_placement
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from .memory import MemoryReportDict, MemoryRow
     from .model import HostMemory, StrPath
     from .placement import PlacementLike
-    from .prediction import Prediction
+    from .prediction import PlacedTensor, Prediction
     from .speculative import Speculative
 
     class PlanDict(MemoryReportDict):
@@ -107,6 +109,7 @@ class Plan:
     repack: bool
     _layers: tuple[int | None, ...]
     _specs: tuple[DeviceSpec, ...]
+    _adapters: tuple[ModelInfo, ...]
 
     @property
     def rows(self) -> tuple[MemoryRow, ...]:
@@ -134,14 +137,16 @@ class Plan:
 
     def bandwidths(self) -> Bandwidths:
         """How fast this machine's devices are at what the plan asks of them; measured the first time, which takes seconds."""
-        from .bandwidth import bandwidths
+        from .bandwidth import ProductKind, bandwidths
 
         described = {spec.name for spec in self._specs}
         # With a GPU's pinned memory, or over a mapping beside it, llama.cpp leaves host weights as they are.
         repack = False if described or not self.repack else None
         reads_disk = self.host_bytes > self.capacity["CPU"] and os.path.exists(self.info.path)  # noqa: PTH110 - it may be a URL
+        adapters = self._adapter_tensors(self._weights())
         return bandwidths(
             self.info,
+            products=[ProductKind(each.type, each.shape[0], each.role == "experts") for each in adapters if each.role != "embedding"],
             devices=[device for device in self.capacity if device not in described and device != "CPU"],
             repack=repack,
             disk=self.info.path if reads_disk else None,
@@ -157,26 +162,15 @@ class Plan:
         Raises:
             InvalidOptionError: a device cannot compute one of the number formats, or host memory lacks room and the disk's rate is unknown.
         """
-        from .prediction import PlacedTensor, predict_decode
+        from .prediction import predict_decode
 
         bandwidths = bandwidths or self.bandwidths()
         described = {spec.name: spec._rates() for spec in self._specs}
-        formats = {tensor.name: tensor for tensor in self.info.tensors}
+        weights = self._weights()
         tokens = max(self.context_tokens, 1)
         heads = _number(self.info, "attention.head_count", 1)
         return predict_decode(
-            [
-                PlacedTensor(
-                    name=tensor.name,
-                    type=formats[tensor.name].type,
-                    shape=formats[tensor.name].shape,
-                    bytes=tensor.bytes,
-                    device=tensor.device,
-                    role=tensor.role,
-                    layer=layer,
-                )
-                for tensor, layer in zip(self.placement, self._layers, strict=True)
-            ],
+            [*weights, *self._adapter_tensors(weights)],
             {**bandwidths.devices, **described},
             expert_count=self.info.expert_count,
             experts_used=self.info.experts_used,
@@ -186,6 +180,36 @@ class Plan:
             ram=self.capacity["CPU"],
             disk_bytes_per_second=bandwidths.disk.bytes_per_second if bandwidths.disk else None,
         )
+
+    def _weights(self) -> list[PlacedTensor]:
+        from .prediction import PlacedTensor
+
+        formats = {tensor.name: tensor for tensor in self.info.tensors}
+        return [
+            PlacedTensor(
+                name=tensor.name,
+                type=formats[tensor.name].type,
+                shape=formats[tensor.name].shape,
+                bytes=tensor.bytes,
+                device=tensor.device,
+                role=tensor.role,
+                layer=layer,
+            )
+            for tensor, layer in zip(self.placement, self._layers, strict=True)
+        ]
+
+    def _adapter_tensors(self, weights: Sequence[PlacedTensor]) -> list[PlacedTensor]:
+        """The matrices of the LoRA adapters, each beside its weight."""
+        by_name = {weight.name: weight for weight in weights}
+        result = []
+        for tensor in (tensor for adapter in self._adapters for tensor in adapter.tensors):
+            name, _, matrix = tensor.name.rpartition(".lora_")
+            if (weight := by_name.get(name)) is None:  # a change of a norm, which llama.cpp does not apply
+                continue
+            # Of an embedding's A one row is read, as of the embedding; B is multiplied with it.
+            role = "weights" if weight.role == "embedding" and matrix == "b" else weight.role
+            result.append(replace(weight, name=tensor.name, type=tensor.type, shape=tensor.shape, bytes=tensor.bytes, role=role))
+        return result
 
     def to_dict(self) -> PlanDict:
         """The plan as plain data, for JSON."""
@@ -252,7 +276,7 @@ def plan(
             memory that cannot be dropped, and "locked" keeps the mapping from being dropped. A "pinned" or "locked" that cannot be is
             refused.
         repack: as for `load`.
-        lora: as for `load`. The adapters must be files of this machine, and count in the plan; predicted speeds leave them out.
+        lora: as for `load`. The adapters must be files of this machine, and count in the plan and in predicted speeds.
 
     Returns:
         A plan, of which `fits` says whether every device is large enough.
@@ -294,6 +318,8 @@ def plan(
     with header_file(path) as header:
         info = replace(inspect(header), path=os.fspath(path))
         native = _core.make_plan(header, options, policy._to_native(), usable)
+    # As paths: a name is that of a file here, and not of the hub. The plan has checked them.
+    adapters = tuple(inspect(Path(adapter.path)) for adapter in as_adapters(lora) if adapter.scale)
     size = context_pool or context_size or _number(info, "context_length", 0)
     rounded = -(-size // _CONTEXT_STEP) * _CONTEXT_STEP
     return Plan(
@@ -310,6 +336,7 @@ def plan(
         repack=repack,
         _layers=tuple(layer if layer >= 0 else None for layer in native.tensor_layers),
         _specs=specs,
+        _adapters=adapters,
     )
 
 

@@ -30,6 +30,8 @@ _DENSE_OPERATIONS = 2
 # Of a block of experts: softmax, top-k, gathering and normalising the weights of the chosen (3), the activation, multiplying by the
 # weights, the addition; then one addition for each expert after the first.
 _EXPERT_OPERATIONS = 9
+# Of a weight's LoRA adapter, besides its two products: the scale and the addition.
+_LORA_OPERATIONS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,9 @@ def predict_decode(
     """Predicts how fast one stream decodes.
 
     Args:
-        tensors: the model's tensors and where they are; a tied embedding that is also the output on another device is there twice.
+        tensors: the model's tensors and where they are; a tied embedding that is also the output on another device is there twice. The
+            matrices of LoRA adapters are tensors too, by their own names ("….lora_a" and "….lora_b"), with the device, role and layer of
+            the weight that they change; of an embedding's, that is A, and B, which is read whole, has the role "weights".
         rates: how fast each device is, by its name; see `llama_moe.bandwidths` and `DeviceRates.stated`.
         expert_count: routed experts of a layer; 0: a dense model.
         experts_used: how many of them compute a token.
@@ -196,11 +200,14 @@ def _operations(
     products: Mapping[str, int],
     vectors: Mapping[str, int],
 ) -> dict[str, float]:
-    """Operations of a token by device: one for each product and each vector of weights (a norm), and those between them."""
+    """Operations of a token by device: one for each product and each vector of weights (a norm), and those between and beside them."""
     result: dict[str, float] = defaultdict(float)
     for counts in (products, vectors):
         for name, count in counts.items():
             result[name] += count
+    for tensor in tensors:
+        if tensor.name.endswith(".lora_b"):
+            result[tensor.device] += _LORA_OPERATIONS
     with_experts = {tensor.layer for tensor in tensors if tensor.role == "experts"}
     for layer, device in _layer_devices(tensors).items():
         result[device] += _ATTENTION_OPERATIONS
@@ -241,7 +248,8 @@ def _disk_seconds(tensors: Sequence[PlacedTensor], share: float, ram: int | None
     needed = sum(tensor.bytes for tensor in host)
     if ram is None or needed <= ram:
         return 0.0, ""
-    experts = sum(tensor.bytes for tensor in host if tensor.role == "experts")
+    # Adapters are no part of the file that is read again: they stay where they are.
+    experts = sum(tensor.bytes for tensor in host if tensor.role == "experts" and not tensor.name.endswith((".lora_a", ".lora_b")))
     if not rate or rate <= 0:
         raise InvalidOptionError(
             f"{format_size(needed)} of weights in host memory do not fit {format_size(ram)}; predicting takes disk_bytes_per_second"

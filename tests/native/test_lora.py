@@ -12,10 +12,12 @@ import pytest
 
 import llama_moe
 from llama_moe import Context, Device, DeviceSpec, ExpertPlacement, LoraAdapter, Model, SamplingParams, Speculative
+from llama_moe.bandwidth import Bandwidths, DeviceRates
 from llama_moe.errors import InvalidOptionError, ModelLoadError
 from tests.support.lora_files import Floats, merged_copy, weights_of, write_lora
 from tests.support.processes import cli
 from tests.support.servers import ServerProcess
+from tests.support.tiny_models import MODELS
 
 if TYPE_CHECKING:
     from llama_moe.model import DevicesLike
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 PARTS = ("attn_q", "attn_v", "attn_output", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_inp", "output.")
 TOKENS = [5, 17, 42, 99, 3, 60, 61, 7]
 SCALE = 0.5
+HOST = Bandwidths(machine="stated", cpu="stated", devices={"CPU": DeviceRates.stated("CPU", bytes_per_second=20e9)})
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,43 @@ def test_a_plan_for_a_gpu_that_is_not_here_counts_it_too(path: Path, adapter: Pa
     rows = {(row.device, row.role): row.bytes for row in plan.rows}
     assert rows["CPU", "adapters"] == size_of(adapter, "_exps")
     assert rows["GPU", "adapters"] >= size_of(adapter, "") - size_of(adapter, "_exps")
+
+
+def test_predicted_speeds_count_what_it_reads(path: Path, adapter: Path) -> None:
+    def read(*lora: LoraAdapter) -> dict[str, int]:
+        plan = llama_moe.plan(path, devices=DeviceSpec("GPU", "1GiB"), experts="cpu", lora=lora, context_size=256)
+        return dict(plan.predict(bandwidths=HOST).bytes_per_token)
+
+    before, now = read(), read(LoraAdapter(adapter, SCALE))
+    experts = size_of(adapter, "_exps")
+    assert now["CPU"] - before["CPU"] == experts * MODELS["llama"].experts_used // MODELS["llama"].experts
+    assert now["GPU"] - before["GPU"] == size_of(adapter, "") - experts
+    assert read(LoraAdapter(adapter, 0)) == before
+
+
+def test_of_an_adapter_for_an_embedding_a_row_and_a_matrix_are_read(path: Path, folder: Path) -> None:
+    weights = weights_of(path, containing=("token_embd",))
+    adapter = folder / "embedding.gguf"
+    added = write_lora(adapter, weights, architecture="llama")
+    expected = logits(merged_copy(path, folder / "embedded.gguf", added, SCALE))
+    np.testing.assert_allclose(logits(path, lora=[LoraAdapter(adapter, SCALE)]), expected, atol=2e-5)
+    assert np.abs(logits(path) - expected).max() > 0.05
+
+    _, width = weights["token_embd.weight"]
+    plans = [llama_moe.plan(path, devices=[], lora=lora) for lora in ((), adapter)]
+    before, now = (plan.predict(bandwidths=HOST).bytes_per_token["CPU"] for plan in plans)
+    assert now - before == 4 * width * 4  # B, of rank 4 in F32
+
+
+def test_what_a_plan_measures_has_the_formats_of_its_adapters(
+    path: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_MOE_CACHE", str(tmp_path))
+    plan = llama_moe.plan(path, devices=[], lora=adapter)
+    cpu = plan.bandwidths().devices["CPU"]
+    assert 4 in cpu.products["F32"]  # the rows of B are as long as its rank
+    assert 4 in cpu.expert_products["F32"]
+    assert plan.predict().decode_tokens_per_second > 0
 
 
 def test_adapters_of_experts_in_host_memory_are_not_copied_to_the_gpu(path: Path, folder: Path) -> None:

@@ -62,8 +62,10 @@ def write_lora(
     for name, (*experts, rows, columns) in weights.items():
         a = generator.standard_normal((*experts, rank, columns), dtype=np.float32) * np.float32(size)
         b = generator.standard_normal((*experts, rows, rank), dtype=np.float32) * np.float32(size)
-        writer.add_tensor(f"{name}.lora_a", a)
-        writer.add_tensor(f"{name}.lora_b", b)
+        # Of an embedding, llama.cpp looks a row up in A and multiplies it with B.
+        in_file = (b, a.T) if name == "token_embd.weight" else (a, b)
+        for matrix, values in zip("ab", in_file, strict=True):
+            writer.add_tensor(f"{name}.lora_{matrix}", np.ascontiguousarray(values))
         added[name] = (b @ a) * np.float32(alpha / rank if alpha else 1.0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -174,6 +174,34 @@ def test_weights_that_every_token_uses_and_that_do_not_fit_are_read_each_time() 
     assert prediction.seconds["disk"]["experts"] == pytest.approx((800 * MB / 4 + 50 * MB) / GB)
 
 
+def adapters() -> list[PlacedTensor]:
+    """Of a weight of 10 MB and of experts of 400 MB: A of 1 MB and B of 2 MB, and of 8 and 16 MB."""
+    return [
+        replace(weight, name=f"{weight.name}.lora_{matrix}", bytes=size, type="F16")
+        for weight, sizes in zip(model()[1:3], ((MB, 2 * MB), (8 * MB, 16 * MB)), strict=True)
+        for matrix, size in zip("ab", sizes, strict=True)
+    ]
+
+
+def test_adapters_are_read_as_the_weights_that_they_change() -> None:
+    prediction = predict([*model(), *adapters()])
+    # 3 MB more, and 2 / 8 of 24 MB.
+    assert prediction.bytes_per_token == {"CPU": 279 * MB}
+    assert prediction.seconds["CPU"]["weights"] == pytest.approx(0.0023)
+    assert prediction.seconds["CPU"]["experts"] == pytest.approx(0.0206)
+    # Two products of each, its scale and its addition.
+    cpu = replace(CPU, operation_seconds=1e-3)
+    more, before = (predict(tensors, {"CPU": cpu}).seconds["CPU"]["operations"] for tensors in ([*model(), *adapters()], model()))
+    assert more - before == pytest.approx(8e-3)
+
+
+def test_adapters_stay_in_a_memory_that_is_too_small() -> None:
+    # They take 27 MB. Of 800 MB of experts 200 MB do not fit in either.
+    with_them = predict([*model(), *adapters()], ram=727 * MB, disk_bytes_per_second=1.0 * GB)
+    without = predict(model(), ram=700 * MB, disk_bytes_per_second=1.0 * GB)
+    assert with_them.seconds["disk"]["experts"] == pytest.approx(without.seconds["disk"]["experts"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
