@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_moe
+from llama_moe import LoraAdapter
 from llama_moe._placements import parse_placement
 from llama_moe._speed import measure_speed
 from llama_moe.devices import chosen_accelerators
@@ -39,6 +40,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             repack=options.repack,
             host_memory=options.host_memory,
             devices=task["devices"],
+            lora=[LoraAdapter(**adapter) for adapter in task["lora"]],
         ) as engine:
             memory = engine.memory().by_device()
             speed = measure_speed(

@@ -10,6 +10,7 @@ from ._options import Default, option_value
 if TYPE_CHECKING:
     from typing import Literal, TypeAlias
 
+    from .lora import LoraLike
     from .model import DevicesLike, HostMemory, StrPath
     from .placement import PlacementLike
 
@@ -41,7 +42,14 @@ class Chosen(NamedTuple):
 
 
 def with_profile(
-    profile: ProfileLike, path: StrPath, arguments: Tunable, *, devices: DevicesLike | None, context_size: int, max_sequences: int
+    profile: ProfileLike,
+    path: StrPath,
+    arguments: Tunable,
+    *,
+    devices: DevicesLike | None,
+    context_size: int,
+    max_sequences: int,
+    lora: LoraLike,
 ) -> Chosen:
     """The values that a load uses: what the caller gave, else what the profile has, else the default.
 
@@ -54,7 +62,7 @@ def with_profile(
         from ._placements import parse_placement
         from .profiles import tuned_options  # late: it imports much that few loads need
 
-        tuned = tuned_options(profile, path, devices=devices, context_size=context_size, max_sequences=max_sequences)
+        tuned = tuned_options(profile, path, devices=devices, context_size=context_size, max_sequences=max_sequences, lora=lora)
         left_alone = [name for name, argument in arguments._asdict().items() if isinstance(argument, Default)]
         if tuned is not None:
             values |= {name: getattr(tuned, name) for name in left_alone}

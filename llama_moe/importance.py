@@ -98,7 +98,8 @@ def imatrix(
     appears when it is whole.
 
     Args:
-        model: an open model, or a GGUF file, which is loaded with `Model`'s defaults. Best in F16, BF16 or Q8_0.
+        model: an open model, or a GGUF file, which is loaded with `Model`'s defaults. Best in F16, BF16 or Q8_0. LoRA adapters of a model
+            change the inputs; the matrix is of the weights alone.
         text: the text, or as a `Path` a file in UTF-8 that has it.
         out: the file to write.
         context_size: tokens of a chunk. Each chunk is computed as a text of its own; a rest that fills none is left out. 32 or more.

@@ -54,8 +54,9 @@ def load(
     fetched as `pull()` does, unless the cache has it.
 
     With `profile="auto"`, those of `experts`, `micro_batch_size`, `threads`, `threads_batch`, `repack` and `host_memory` that are not given
-    are what `tune()` found best for this model, machine, `context_size` and `max_sequences`. The log says what was used, or that there is
-    no such profile and the defaults are. It can also be the path of a profile, which must be of this model, and "none", the same as None.
+    are what `tune()` found best for this model, machine, `lora`, `context_size` and `max_sequences`. The log says what was used, or that
+    there is no such profile and the defaults are. It can also be the path of a profile, which must be of this model, and "none", the same
+    as None.
 
     Example:
         with llama_moe.load("model.gguf", experts="cpu") as llm:
@@ -69,6 +70,7 @@ def load(
         devices=devices,
         context_size=context_size,
         max_sequences=max_sequences,
+        lora=lora,
     )
     engine_options = fill_context(
         _core.EngineOptions(),

@@ -16,18 +16,20 @@ from ._placements import parse_placement
 from .devices import chosen_accelerators
 from .errors import InvalidOptionError, LlamaMoeError
 from .inspection import inspect
+from .lora import as_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .devices import Device
     from .inspection import ModelInfo
+    from .lora import LoraLike
     from .model import DevicesLike, HostMemory, StrPath
 
 Objective = Literal["decode", "prompt", "mixed"]
 
 _LOG = logging.getLogger("llama_moe")
-_FORMAT = 1
+_FORMAT = 2
 _HOST_MEMORY = ("mmap", "pageable", "pinned", "locked")
 
 
@@ -94,6 +96,7 @@ class ProfileKey:
         accelerators: which ones are used, in order.
         context_size: tokens for each sequence.
         max_sequences: sequences that are computed at once.
+        lora: `model_fingerprint()` of each LoRA adapter.
     """
 
     model: str
@@ -101,11 +104,12 @@ class ProfileKey:
     accelerators: tuple[str, ...]
     context_size: int
     max_sequences: int
+    lora: tuple[str, ...]
 
     @property
     def path(self) -> Path:
         """Where its profile is kept."""
-        settings = json.dumps([self.machine, self.accelerators, self.context_size, self.max_sequences])
+        settings = json.dumps([self.machine, self.accelerators, self.context_size, self.max_sequences, self.lora])
         name = f"{self.model[:16]}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.json"
         return data_folder() / "profiles" / name
 
@@ -166,6 +170,7 @@ class Profile:
                     accelerators=tuple(map(str, key["accelerators"])),
                     context_size=int(key["context_size"]),
                     max_sequences=int(key["max_sequences"]),
+                    lora=tuple(map(str, key["lora"])),
                 ),
                 options=TunedOptions.from_dict(data["options"]),
                 objective=data["objective"],
@@ -184,13 +189,13 @@ def _is_count(value: object) -> bool:
 
 
 def model_fingerprint(info: ModelInfo) -> str:
-    """64 hexadecimal digits for what a model's speed depends on: sizes, tensors and number formats, not the file's name or weights."""
+    """64 hexadecimal digits for what a model's or adapter's speed depends on: sizes, tensors and formats, not the name or weights."""
     tensors = [[tensor.name, tensor.type, *tensor.shape] for tensor in info.tensors]
     facts = [info.architecture, info.expert_count, info.experts_used, info.size_bytes, tensors]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def profile_key(path: StrPath, *, accelerators: Sequence[Device], context_size: int, max_sequences: int) -> ProfileKey:
+def profile_key(path: StrPath, *, accelerators: Sequence[Device], context_size: int, max_sequences: int, lora: LoraLike = ()) -> ProfileKey:
     """What a profile of a model, used like this on this machine, is kept under."""
     info = inspect(path)
     if context_size == 0:
@@ -206,11 +211,19 @@ def profile_key(path: StrPath, *, accelerators: Sequence[Device], context_size: 
         ),
         context_size=context_size,
         max_sequences=max_sequences,
+        # As paths: a name is that of a file here, and not of the hub.
+        lora=tuple(sorted(model_fingerprint(inspect(Path(adapter.path))) for adapter in as_adapters(lora) if adapter.scale)),
     )
 
 
 def tuned_options(
-    profile: Literal["auto"] | StrPath, path: StrPath, *, devices: DevicesLike | None, context_size: int, max_sequences: int
+    profile: Literal["auto"] | StrPath,
+    path: StrPath,
+    *,
+    devices: DevicesLike | None,
+    context_size: int,
+    max_sequences: int,
+    lora: LoraLike,
 ) -> TunedOptions | None:
     """The options of a profile's file, or of the one kept for this model and its use ("auto"); None: there is none.
 
@@ -220,7 +233,10 @@ def tuned_options(
         PlacementError: a device does not exist.
     """
     if profile == "auto":
-        found = _stored(path, devices=devices, context_size=context_size, max_sequences=max_sequences)
+        key = profile_key(
+            path, accelerators=chosen_accelerators(devices), context_size=context_size, max_sequences=max_sequences, lora=lora
+        )
+        found = _stored(key)
     else:
         found = Profile.read(profile)
         if found.key.model != model_fingerprint(inspect(path)):
@@ -231,12 +247,11 @@ def tuned_options(
     return found.options
 
 
-def _stored(path: StrPath, *, devices: DevicesLike | None, context_size: int, max_sequences: int) -> Profile | None:
-    key = profile_key(path, accelerators=chosen_accelerators(devices), context_size=context_size, max_sequences=max_sequences)
+def _stored(key: ProfileKey) -> Profile | None:
     try:
         profile = Profile.read(key.path)
     except FileNotFoundError:
-        _LOG.info("no profile of this model, machine and context: defaults are used; `llama-moe tune` makes one")
+        _LOG.info("no profile of this model, its adapters, machine and context: defaults are used; `llama-moe tune` makes one")
         return None
     except (InvalidOptionError, OSError) as error:
         _LOG.warning("defaults are used: %s", error)

@@ -21,6 +21,8 @@ from .profiles import TunedOptions
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from .lora import LoraAdapter
+
 _LOG = logging.getLogger("llama_moe")
 _FORMAT = 1
 
@@ -61,6 +63,7 @@ class TrialTask:
         path: the model's file.
         rpc: endpoints of workers.
         devices: names of the devices to use; None: all.
+        lora: adapters that are loaded too.
         context_size: as for `load()`.
         max_sequences: as for `load()`.
         prompt_tokens: length of the prompts.
@@ -72,6 +75,7 @@ class TrialTask:
     path: str
     rpc: Sequence[str]
     devices: Sequence[str] | None
+    lora: Sequence[LoraAdapter]
     context_size: int
     max_sequences: int
     prompt_tokens: int
@@ -178,8 +182,8 @@ class Journal:
 
     def __init__(self, path: Path, task: TrialTask, build: Mapping[str, str], *, restart: bool = False) -> None:
         self._path = path
-        # The file may have been moved, or be a copy: the name of the journal says which model it is of.
-        settings = {name: value for name, value in asdict(task).items() if name != "path"}
+        # Files may have been moved, or be copies: the name of the journal says which model and adapters it is of.
+        settings = {name: value for name, value in asdict(task).items() if name not in ("path", "lora")}
         self._settings = json.loads(json.dumps([settings, dict(build)]))
         self._trials = {} if restart else self._read()
 

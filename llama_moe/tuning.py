@@ -20,6 +20,7 @@ from .build import build_info
 from .devices import add_rpc_device, chosen_accelerators
 from .errors import InvalidOptionError, LlamaMoeError
 from .inspection import inspect
+from .lora import LoraAdapter, as_adapters
 from .placement import ExpertPlacement
 from .profiles import Objective, Profile, TunedOptions, profile_key
 from .trials import Journal, OutOfTime, Trial, TrialTask, run_trial
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from .devices import Device
     from .inspection import ModelInfo
+    from .lora import LoraLike
     from .model import DevicesLike, StrPath
     from .profiles import ProfileKey
 
@@ -74,6 +76,7 @@ def tune(
     rpc: Sequence[str] = (),
     devices: DevicesLike | None = None,
     vram: SupportsIndex | str | None = None,
+    lora: LoraLike = (),
     prompt_tokens: int = 512,
     generate_tokens: int = 64,
     repetitions: int = 3,
@@ -100,6 +103,7 @@ def tune(
         rpc: endpoints of workers whose devices are used too.
         devices: accelerators to use, as for `load()`, where workers' are among those of `rpc`; None: all; []: the CPU alone.
         vram: most memory to use on each accelerator, as bytes or text such as "8GiB"; None: what is free.
+        lora: as for `load()`; the profile is for loads with adapters of the same tensors, at whatever scales.
         prompt_tokens: length of the prompts. Micro-batches are not larger.
         generate_tokens: tokens to generate for each sequence.
         repetitions: of both in each trial.
@@ -108,6 +112,7 @@ def tune(
 
     Raises:
         FileNotFoundError: no such file.
+        ModelLoadError: an adapter's header cannot be read.
         InvalidOptionError: a number is out of range, or a device is of a worker that is not in `rpc`.
         PlacementError: a device does not exist.
         LlamaMoeError: no options worked, or no trial ended in time; the message says why.
@@ -118,6 +123,7 @@ def tune(
         path=os.path.abspath(path),  # noqa: PTH100 a trial's process reads it
         rpc=tuple(rpc),
         devices=None,
+        lora=tuple(LoraAdapter(os.path.abspath(each.path), each.scale) for each in as_adapters(lora)),  # noqa: PTH100 as the model's
         context_size=context_size,
         max_sequences=max_sequences,
         prompt_tokens=prompt_tokens,
@@ -128,7 +134,7 @@ def tune(
     _check(objective, task)
     found, names = _accelerators(devices, rpc)
     task = replace(task, devices=None if devices is None else names)
-    key = profile_key(path, accelerators=found, context_size=context_size, max_sequences=max_sequences)
+    key = profile_key(path, accelerators=found, context_size=context_size, max_sequences=max_sequences, lora=task.lora)
     journal = Journal(key.path.with_suffix(".trials.json"), task, build_info(), restart=restart)
     sweep = _Sweep(inspect(path), task, journal, found, vram=limit, objective=objective, deadline=deadline, on_progress=on_progress)
     in_time = sweep.run()

@@ -110,7 +110,12 @@ class Space:
     def _plan(self, experts: ExpertPlacement) -> Plan:
         task = self._task
         return plan(
-            task.path, experts=experts, devices=self._accelerators, context_size=task.context_size, max_sequences=task.max_sequences
+            task.path,
+            experts=experts,
+            devices=self._accelerators,
+            context_size=task.context_size,
+            max_sequences=task.max_sequences,
+            lora=task.lora,
         )
 
 

@@ -14,7 +14,7 @@ from llama_moe._sizes import format_size
 
 from . import options
 from .console import exit_codes, note, progress, regex_rules, text_of
-from .loading import add_workers, choose_placement
+from .loading import add_workers, choose_lora, choose_placement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,6 +88,7 @@ def imatrix(
     cpu_moe: options.CpuMoe = False,
     n_cpu_moe: options.NCpuMoe = None,
     rpc: options.Rpc = None,
+    lora: options.Lora = None,
     threads: options.Threads = None,
 ) -> None:
     """Compute the importance matrix of a model, for quantize --imatrix."""
@@ -95,7 +96,7 @@ def imatrix(
     text = text_of(file, "--file")
     add_workers(rpc)
     with progress("Loading") as on_progress:
-        loaded = Model(model, experts=experts, fit_context_tokens=context_size, on_progress=on_progress)
+        loaded = Model(model, experts=experts, lora=choose_lora(lora), fit_context_tokens=context_size, on_progress=on_progress)
     with loaded, progress("Computing") as on_progress:
         report = llama_moe.imatrix(
             loaded,

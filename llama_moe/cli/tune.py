@@ -13,6 +13,7 @@ import llama_moe
 
 from . import options
 from .console import exit_codes
+from .loading import choose_lora
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ def tune(
         str | None,
         typer.Option("--vram", metavar="SIZE", help="Most memory on each accelerator, such as 8GiB. Default: what is free."),
     ] = None,
+    lora: options.Lora = None,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", "-p", min=1, metavar="N", help="Length of the prompts; micro-batches are not larger.")
     ] = 512,
@@ -46,8 +48,8 @@ def tune(
 ) -> None:
     """Find the options with which a model is quickest here.
 
-    They are kept for this model, machine, --ctx and --max-sequences; `llama-moe run --profile auto` and `load(..., profile="auto")` use
-    them. A second sweep goes on where the first one ended.
+    They are kept for this model, --lora, machine, --ctx and --max-sequences; `llama-moe run --profile auto` and
+    `load(..., profile="auto")` use them. A second sweep goes on where the first one ended.
     """
     with _bar(minutes) as on_progress:
         report = llama_moe.tune(
@@ -58,6 +60,7 @@ def tune(
             max_sequences=max_sequences,
             rpc=rpc or (),
             vram=vram,
+            lora=choose_lora(lora),
             prompt_tokens=prompt_tokens,
             generate_tokens=generate_tokens,
             repetitions=repetitions,

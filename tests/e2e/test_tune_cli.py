@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 import llama_moe
+from tests.support.lora_files import weights_of, write_lora
 from tests.support.processes import COMMAND, Program, cli
 from tests.support.waiting import eventually
 
@@ -23,23 +24,26 @@ def path(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.
     return tiny_model("qwen3moe")
 
 
-def test_what_a_sweep_found_is_used(path: Path) -> None:
-    ran = cli("tune", path, *QUICK, "--json")
+def test_what_a_sweep_found_is_used(path: Path, tmp_path: Path) -> None:
+    write_lora(tmp_path / "adapter.gguf", weights_of(path, containing=("attn_q.",)), architecture="qwen3moe")
+    lora = ["--lora", f"{tmp_path / 'adapter.gguf'}=0.5"]
+    ran = cli("tune", path, *QUICK, *lora, "--json")
     assert ran.returncode == 0, ran.stderr
     report = json.loads(ran.stdout)
+    assert len(report["profile"]["key"]["lora"]) == 1
     assert report["in_time"] is True
     assert report["trials"][0]["options"]["experts"] == "fit"
     assert report["profile"]["options"] == report["winner"]["options"]
     stored = llama_moe.Profile.read(report["path"])
     assert stored.options == llama_moe.TunedOptions.from_dict(report["winner"]["options"])
     # A second one has nothing to do but to tell.
-    shown = cli("tune", path, *QUICK)
+    shown = cli("tune", path, *QUICK, *lora)
     assert shown.returncode == 0, shown.stderr
     assert report["path"] in shown.stdout
     assert shown.stdout.splitlines()[0].split()[0] == "experts"
     greedy = ["-p", "Hello", "-n", 8, "--ctx", 256, "--temp", 0]
     for profile in ("auto", report["path"]):
-        assert cli("run", path, *greedy, "--profile", profile).returncode == 0
+        assert cli("run", path, *greedy, *lora, "--profile", profile).returncode == 0
 
 
 def test_ctrl_c_ends_the_trial_too(path: Path) -> None:

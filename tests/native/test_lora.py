@@ -191,13 +191,24 @@ def test_adapters_of_experts_in_host_memory_are_not_copied_to_the_gpu(path: Path
     assert on_gpu(folder / "wide.gguf") == on_gpu()
 
 
-def test_an_importance_matrix_is_of_the_weights_alone(path: Path, adapter: Path, tmp_path: Path) -> None:
-    def entries(*lora: Path) -> set[str]:
-        with Model(path, devices=[], lora=lora) as model:
-            report = llama_moe.imatrix(model, "One, two, three, four. " * 40, tmp_path / "imatrix.gguf", context_size=64)
-        return {entry.name for entry in report.entries}
+def test_an_importance_matrix_is_of_the_weights_and_of_inputs_that_it_changes(
+    path: Path, merged: Path, adapter: Path, tmp_path: Path
+) -> None:
+    import gguf
 
-    assert entries(adapter) == entries()
+    text, out = tmp_path / "text.txt", tmp_path / "imatrix.gguf"
+    text.write_text("One, two, three, four. " * 40, encoding="utf-8")
+
+    def sums(file: Path, *options: object) -> dict[str, Floats]:
+        done = cli("imatrix", file, "-f", text, "-o", out, "--ctx", 64, "--threads", 1, *options)
+        assert done.returncode == 0, done.stderr
+        return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(out).tensors}
+
+    with_it, expected, without = sums(path, "--lora", f"{adapter}={SCALE}"), sums(merged), sums(path)
+    assert with_it.keys() == expected.keys() == without.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(with_it[name], values, rtol=0.02)
+    assert any(np.abs(without[name] / values - 1).max() > 0.5 for name, values in expected.items() if name.endswith(".in_sum2"))
 
 
 def test_fit_leaves_room_for_it(path: Path, adapter: Path) -> None:

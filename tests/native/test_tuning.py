@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
 import llama_moe
-from llama_moe import Device, ExpertPlacement, Profile, TunedOptions
+from llama_moe import Device, ExpertPlacement, LoraAdapter, Profile, TunedOptions
 from llama_moe._placements import parse_placement, placement_name
 from llama_moe.errors import InvalidOptionError, LlamaMoeError, PlacementError
 from llama_moe.profiles import model_fingerprint, profile_key
@@ -22,8 +22,12 @@ from llama_moe.trials import OutOfTime, Trial, TrialTask, run_trial
 from llama_moe.tuning import TuningProgress
 from llama_moe.tuning_space import Space
 from llama_moe.worker import Worker
+from tests.support.lora_files import weights_of, write_lora
 from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import eventually
+
+if TYPE_CHECKING:
+    from llama_moe.lora import LoraLike
 
 QUICK: dict[str, Any] = {
     "minutes": 30,
@@ -52,6 +56,7 @@ def task(path: Path) -> TrialTask:
         path=str(path),
         rpc=(),
         devices=(),
+        lora=(),
         context_size=256,
         max_sequences=1,
         prompt_tokens=8,
@@ -61,9 +66,9 @@ def task(path: Path) -> TrialTask:
     )
 
 
-def keep(path: Path, options: TunedOptions) -> Profile:
+def keep(path: Path, options: TunedOptions, *, lora: LoraLike = ()) -> Profile:
     """Keeps a profile as a sweep without an accelerator does."""
-    key = profile_key(path, accelerators=[], context_size=256, max_sequences=1)
+    key = profile_key(path, accelerators=[], context_size=256, max_sequences=1, lora=lora)
     profile = Profile(
         key=key,
         options=options,
@@ -224,6 +229,32 @@ def test_loading_with_the_profile(path: Path, caplog: pytest.LogCaptureFixture) 
     assert loaded(profile="auto", micro_batch_size=64, threads_batch=None) == (64, 1, 1)
     for given in ({}, {"profile": None}, {"profile": "none"}, {"profile": "auto", "context_size": 512}):
         assert loaded(threads=2, **given)[::2] == (256 if given.get("context_size", 256) == 256 else 512, 2)
+
+
+def test_with_adapters(path: Path, tmp_path: Path) -> None:
+    adapter, other = tmp_path / "adapter.gguf", tmp_path / "other.gguf"
+    write_lora(adapter, weights_of(path, containing=("attn_q.",)), architecture="qwen3moe")
+    write_lora(other, weights_of(path, containing=("attn_q.",)), architecture="llama")
+
+    # The trials load them, and measure again what was measured without, but not for another scale.
+    without = llama_moe.tune(path, devices=(), **QUICK)
+    started: list[TuningProgress] = []
+    report = llama_moe.tune(path, devices=(), lora=adapter, on_progress=started.append, **QUICK)
+    assert len(started) == len(report.trials)
+    half = llama_moe.tune(
+        path, devices=(), lora=LoraAdapter(adapter, 0.5), on_progress=lambda _: pytest.fail("a trial was repeated"), **QUICK
+    )
+    assert half.trials == report.trials
+    assert llama_moe.tune(path, devices=(), lora=LoraAdapter(adapter, 0), **QUICK).trials == without.trials
+    with pytest.raises(LlamaMoeError, match="is an adapter for a model of the architecture 'llama'"):
+        llama_moe.tune(path, devices=(), lora=other, **QUICK)
+
+    # A profile is for loads with the same ones.
+    keep(path, TunedOptions(micro_batch_size=64, threads=1))
+    keep(path, TunedOptions(micro_batch_size=128, threads=1), lora=adapter)
+    for lora, size in (((), 64), (adapter, 128), (LoraAdapter(adapter, 0), 64), ([adapter, adapter], 256)):
+        with llama_moe.load(path, devices=[], context_size=256, lora=lora, profile="auto") as llm:
+            assert llm.micro_batch_size == size
 
 
 def test_without_a_profile_the_defaults_are_used_and_said_so(path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
