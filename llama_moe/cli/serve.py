@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from llama_moe.errors import InvalidOptionError, LlamaMoeError
 from . import options
 from .console import check_one_of, exit_codes, text_of
 from .loading import choose_lora, choose_placement
+from .pull import model_file
 
 # What the page, Prometheus and load balancers ask for again and again.
 _POLLED = ("/v1/placement", "/v1/models", "/metrics", "/health")
@@ -23,7 +25,12 @@ _POLLED = ("/v1/placement", "/v1/models", "/metrics", "/health")
 def serve(
     models: Annotated[
         list[Path] | None,
-        typer.Option("--model", "-m", metavar="FILE", help="Serve this GGUF file. May be given several times."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="Serve this GGUF file, or OWNER/REPOSITORY/FILE of Hugging Face, which is fetched if need be. May be given several times.",
+        ),
     ] = None,
     *,
     model_dirs: Annotated[
@@ -62,11 +69,16 @@ def serve(
     ] = False,
     threads: options.Threads = None,
     threads_batch: options.BatchThreads = None,
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", min=1, metavar="N", help="Most prompt tokens computed at once. Default: 512.")
+    ] = None,
     kv_type: options.KvType = "f16",
     repack: options.TunableRepack = None,
     profile: options.Profile = None,
     rpc: options.Rpc = None,
     lora: options.Lora = None,
+    lookup: options.Lookup = False,
+    draft_model: options.DraftModel = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what llama.cpp says, too.")] = False,
 ) -> None:
     """Serve models over HTTP, with the OpenAI API's shapes.
@@ -82,6 +94,7 @@ def serve(
         {"--fit": fit, "--cpu-moe": cpu_moe, "--n-cpu-moe": n_cpu_moe is not None, "--experts-on": bool(experts_on)},
     )
     experts = choose_placement(cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe, experts_on=experts_on)
+    check_one_of("each says what drafts tokens", {"--lookup": lookup, "--draft-model": draft_model is not None})
     key = api_key_of(api_key, api_key_file)
     try:
         settings = server.ServerSettings(
@@ -105,14 +118,17 @@ def serve(
             trace_routing=trace_routing,
             threads=threads,
             threads_batch=threads_batch,
+            micro_batch_size=micro_batch,
             kv_type=kv_type,
             repack=repack,
             profile=profile,
             rpc=rpc or [],
             lora=choose_lora(lora),
+            draft="lookup" if lookup else draft_model,
         )
     except InvalidOptionError as error:
         raise typer.BadParameter(str(error)) from None
+    settings = replace(settings, models=[model_file(model) for model in models or ()])
     _log_to_stderr(verbose=verbose)
     try:
         server.serve(settings, on_ready=lambda url: typer.echo(f"Serving on {url}"))

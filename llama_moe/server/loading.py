@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import llama_moe
-from llama_moe import ExpertPlacement
+from llama_moe import ExpertPlacement, Model, Speculative
 from llama_moe._sizes import format_size
 from llama_moe.errors import DoesNotFitError
 from llama_moe.placement import as_placement
@@ -31,7 +31,17 @@ def load_engine(settings: ServerSettings, path: Path, on_progress: Callable[[flo
     for name in ("threads", "threads_batch", "profile"):
         if getattr(settings, name) is not None:
             options[name] = getattr(settings, name)
+    options["speculative"] = _speculative(settings)
     return llama_moe.load(path, **options, max_queue=settings.max_queue, on_progress=on_progress)
+
+
+def _speculative(settings: ServerSettings) -> Speculative | None:
+    if settings.draft is None:
+        return None
+    if settings.draft == "lookup":
+        return Speculative.lookup()
+    # Only the engine keeps it, and it goes with that.
+    return Speculative.draft(Model(settings.draft, devices=settings.devices, repack=settings.repack is not False))
 
 
 def _placement(settings: ServerSettings, path: Path) -> PlacementLike:

@@ -19,6 +19,8 @@ STATS: Mapping[str, tuple[str, str]] = {
     "prompt_tokens": ("llama_moe_prompt_tokens", "Prompt tokens that were computed."),
     "cached_tokens": ("llama_moe_cached_prompt_tokens", "Prompt tokens that were not computed, since an earlier request had them."),
     "generated_tokens": ("llama_moe_generated_tokens", "Tokens that were generated."),
+    "draft_tokens": ("llama_moe_draft_tokens", "Tokens that were drafted."),
+    "draft_tokens_accepted": ("llama_moe_accepted_draft_tokens", "Drafted tokens that the model chose too."),
     "requests_preempted": ("llama_moe_preemptions", "Completions that went back to the queue because the context pool was full."),
     "decode_calls": ("llama_moe_decode_calls", "Calls of llama.cpp, each with the tokens of all running completions."),
     "decode_seconds": ("llama_moe_decode_seconds", "Time in those calls."),

@@ -36,6 +36,8 @@ class ServerSettings:
             link leads there.
         experts: where the experts go, as for `llama_moe.load`.
         lora: LoRA adapters, as for `llama_moe.load`; only for one of `models` and no `model_dirs`, since an adapter is of one model.
+        draft: what drafts tokens that a model verifies: "lookup", or the GGUF file of a smaller model of the same vocabulary, only for one
+            of `models` and no `model_dirs`, whose memory is not in the `memory_budget`; None: nothing.
         context_size: tokens for each request, prompt and completion together; 0: what a model was trained for.
         context_pool: tokens of KV cache that all requests of a model share; None: `context_size` for each of `parallel`.
         parallel: requests of a model that are computed at once; more wait.
@@ -71,6 +73,7 @@ class ServerSettings:
     model_dirs: Sequence[StrPath] = ()
     experts: PlacementLike = field(default_factory=ExpertPlacement.fit)
     lora: LoraLike = ()
+    draft: StrPath | Literal["lookup"] | None = None
     context_size: int = 4096
     context_pool: int | None = None
     parallel: int = 4
@@ -110,6 +113,10 @@ class ServerSettings:
         object.__setattr__(self, "lora", as_adapters(self.lora))
         if self.lora and (len(self.models) != 1 or self.model_dirs):
             raise InvalidOptionError("lora: an adapter is of one model; give one of models and no model_dirs")
+        if self.draft is not None and self.draft != "lookup":
+            object.__setattr__(self, "draft", Path(self.draft))
+            if len(self.models) != 1 or self.model_dirs:
+                raise InvalidOptionError("draft: a draft model is for one model; give one of models and no model_dirs, or 'lookup'")
         object.__setattr__(self, "max_body_bytes", parse_size(self.max_body_bytes, "max_body_bytes"))
         if self.memory_budget is not None:
             object.__setattr__(self, "memory_budget", parse_size(self.memory_budget, "memory_budget"))

@@ -51,6 +51,7 @@ def test_loopback_addresses() -> None:
     [
         ({"models": []}, "nothing to serve"),
         ({"models": ["a", "b"], "lora": "c"}, "an adapter is of one model; give one of models and no model_dirs"),
+        ({"models": ["a", "b"], "draft": "c"}, "a draft model is for one model; give one of models and no model_dirs, or 'lookup'"),
         ({"parallel": 0}, "parallel: 0 is out of range; it must be 1 or more"),
         ({"ttl": -1}, "ttl: -1"),
         ({"ttl": float("nan")}, "ttl: nan"),
