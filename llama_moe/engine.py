@@ -77,28 +77,41 @@ class Engine(ChatMethods, ScoringMethods, TracingMethods):
         offload_kv: bool = True,
         speculative: Speculative | None = None,
     ) -> None:
+        options = fill_context(
+            _core.EngineOptions(),
+            context_size=context_size,
+            context_pool=context_pool,
+            max_sequences=max_sequences,
+            max_queue=max_queue,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            threads=threads,
+            threads_batch=threads_batch,
+            kv_type=kv_type,
+            flash_attention=flash_attention,
+            offload_kv=offload_kv,
+            **speculation_options(speculative),
+        )
+        self._start_native(model, options, speculative)
+
+    @classmethod
+    def _owning(cls, model: Model, options: _core.EngineOptions, speculative: Speculative | None) -> Self:
+        """An engine that closes its model; one that cannot be made closes it, too."""
+        engine = cls.__new__(cls)
+        try:
+            engine._start_native(model, options, speculative)
+        except BaseException:
+            model.close()
+            raise
+        engine._owns_model = True
+        return engine
+
+    def _start_native(self, model: Model, options: _core.EngineOptions, speculative: Speculative | None) -> None:
         _logging.sync_level()
         self._model = model
         self._owns_model = False
-        self._native = _core.Engine(
-            native_model("model", model),
-            fill_context(
-                _core.EngineOptions(),
-                context_size=context_size,
-                context_pool=context_pool,
-                max_sequences=max_sequences,
-                max_queue=max_queue,
-                batch_size=batch_size,
-                micro_batch_size=micro_batch_size,
-                threads=threads,
-                threads_batch=threads_batch,
-                kv_type=kv_type,
-                flash_attention=flash_attention,
-                offload_kv=offload_kv,
-                **speculation_options(speculative),
-            ),
-            *([] if speculative is None or speculative.draft_model is None else [speculative.draft_model._native]),
-        )
+        draft = None if speculative is None else speculative.draft_model
+        self._native = _core.Engine(native_model("model", model), options, *([] if draft is None else [draft._native]))
 
     @property
     def model(self) -> Model:

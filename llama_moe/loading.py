@@ -97,25 +97,4 @@ def load(
         lora=lora,
         fit_for=engine_options,
     )
-    model = Model._load_for(path, experts, options, on_progress)
-    try:
-        engine = Engine(
-            model,
-            context_size=context_size,
-            context_pool=context_pool,
-            max_sequences=max_sequences,
-            max_queue=max_queue,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            threads=threads,
-            threads_batch=threads_batch,
-            kv_type=kv_type,
-            flash_attention=flash_attention,
-            offload_kv=offload_kv,
-            speculative=speculative,
-        )
-    except BaseException:
-        model.close()
-        raise
-    engine._owns_model = True
-    return engine
+    return Engine._owning(Model._load_for(path, experts, options, on_progress), engine_options, speculative)

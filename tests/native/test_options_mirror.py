@@ -69,6 +69,12 @@ def test_load_takes_what_the_model_and_the_engine_take() -> None:
     assert ours == both
 
 
+def test_a_model_of_the_hub_takes_what_a_model_and_a_download_take() -> None:
+    download = keyword_defaults(llama_moe.pull) | {"on_download": None}
+    del download["folder"], download["on_progress"]  # it goes to the cache; on_progress is of the load
+    assert keyword_defaults(Model.from_hub) == keyword_defaults(Model) | download
+
+
 def test_what_tuning_starts_from_are_the_defaults() -> None:
     ours = {name: option_value(default) for name, default in keyword_defaults(llama_moe.load).items()}
     for name, value in asdict(TunedOptions()).items():
