@@ -48,6 +48,11 @@ def test_only_one_file_includes_the_internals_of_a_context() -> None:
     assert users == ["eval_callback.cpp"]
 
 
+def test_llama_cpps_grammars_are_parsed_and_triggered_in_one_file_each() -> None:
+    users = [file.name for file in cpp_files(_CORE, REPOSITORY / "csrc" / "bindings") if "llama-grammar.h" in includes(file)]
+    assert users == ["grammar_rules.cpp", "grammar_trigger.cpp"]
+
+
 def test_ggmls_internals_are_behind_two_files() -> None:
     headers = {"ggml-backend-impl.h": ["hypothetical_device.cpp", "worker_graphs.cpp"], "ggml-impl.h": ["worker_graphs.cpp"]}
     for header, users in headers.items():
@@ -55,7 +60,12 @@ def test_ggmls_internals_are_behind_two_files() -> None:
 
 
 def test_the_common_library_is_behind_a_file_for_each_part_of_it() -> None:
-    headers = {"chat.h": "chat.cpp", "json-schema-to-grammar.h": "grammar.cpp", "reasoning-budget.h": "grammar.cpp", "log.h": "device.cpp"}
+    headers = {
+        "chat.h": "chat.cpp",
+        "json-schema-to-grammar.h": "grammar_text.cpp",
+        "reasoning-budget.h": "grammar.cpp",
+        "log.h": "device.cpp",
+    }
     for header, only_user in headers.items():
         assert {file.name for file in cpp_files(_CORE, REPOSITORY / "csrc" / "bindings") if header in includes(file)} == {only_user}
 

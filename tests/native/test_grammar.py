@@ -172,6 +172,38 @@ def test_a_bad_grammar_is_refused_with_the_reason(engine: Engine, grammar: str, 
     assert engine.generate("x", SamplingParams(grammar='root ::= "fine"')).text == "fine"
 
 
+NESTED = 'a ::= "a"{0,40}\nb ::= a{0,40}\nc ::= b{0,40}\nd ::= c{0,40}\ne ::= d{0,40}\n'
+AMBIGUOUS = [
+    ({"grammar": 'root ::= (("a"?){100}){100}'}, "a{8}"),
+    ({"grammar": 'a ::= "a"{0,40}\nb ::= a{0,40}\nroot ::= b{0,40}'}, "a{8}"),
+    ({"grammar": 'root ::= ([ ]? [ ]?)* "x"'}, " {8}| {0,7}x"),
+    ({"json_schema": {"type": "string", "pattern": "^((a{0,30}){0,30})*b$"}}, r'"a{7}|"a{0,6}b("\s*)?'),
+    ({"grammar": NESTED + "root ::= e"}, None),
+    ({"grammar": NESTED + 'root ::= "x" e'}, None),
+    ({"json_schema": {"type": "string", "pattern": "^(((((a{0,30}){0,30}){0,30}){0,30}){0,30})*b$"}}, None),
+]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("options", "pattern"), AMBIGUOUS)
+def test_what_can_be_read_in_very_many_ways_is_followed_or_refused_and_disturbs_nobody(
+    engine: Engine, options: dict[str, Any], pattern: str | None
+) -> None:
+    plain = SamplingParams(temperature=0, max_tokens=30)
+    alone = engine.generate("Hello", plain).text
+    with engine.stream("Hello", plain) as beside:
+        begun = str(next(beside))
+        letters = {engine.model.tokenize(letter, add_special=False)[-1]: 20.0 for letter in "a "}
+        params = SamplingParams(max_tokens=8, seed=1, ignore_eos=True, logit_bias=letters, **options)
+        if pattern is None:
+            with pytest.raises(InvalidOptionError, match="too ambiguous"):
+                engine.generate("Say:", params)
+        else:
+            text = engine.generate("Say:", params).text
+            assert re.fullmatch(pattern, text), text
+        assert begun + "".join(map(str, beside)) == alone
+
+
 def test_a_reason_that_quotes_a_part_of_a_character_can_be_read(engine: Engine) -> None:
     """llama.cpp and we cut long quotations by bytes."""
     for length in range(60, 64):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -89,6 +91,39 @@ def test_schemas_and_grammars_that_never_end(server: ServerProcess, path: str) -
     assert "nested deeper" in refusal(server, path, body(path, fields=f'"json_schema": {deep}'))
     assert "grammar" in refusal(server, path, body(path, fields='"grammar": "root ::= root | root root"'))
     assert "grammar" in refusal(server, path, body(path, fields=f'"grammar": "root ::= {"(" * 5000}"'))
+
+
+NESTED = r"a ::= \"a\"{0,40}\nb ::= a{0,40}\nc ::= b{0,40}\nd ::= c{0,40}\ne ::= d{0,40}\n"
+AMBIGUOUS = [
+    f'"grammar": "{NESTED}root ::= e"',
+    f'"grammar": "{NESTED}root ::= [^a] e"',  # only known once the first token is there
+    '"json_schema": {"type": "string", "pattern": "^(((((a{0,30}){0,30}){0,30}){0,30}){0,30})*b$"}',
+]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("path", GENERATING)
+@pytest.mark.parametrize("fields", AMBIGUOUS)
+def test_what_can_be_read_in_very_many_ways(server: ServerProcess, path: str, fields: str) -> None:
+    """It is refused while others are served."""
+    plain = body("/v1/completions", fields='"temperature": 0').replace(b'"max_tokens": 2', b'"max_tokens": 40')
+    post = functools.partial(server.client.post, headers={"content-type": "application/json"})
+    alone = post("/v1/completions", content=plain).json()["choices"]
+    with ThreadPoolExecutor() as threads:
+        others = [threads.submit(post, "/v1/completions", content=plain) for _ in range(2)]
+        assert "too ambiguous" in refusal(server, path, body(path, fields=fields))
+        for other in others:
+            assert other.result().json()["choices"] == alone
+    streamed = post(path, content=body(path, fields='"stream": true, ' + fields))
+    assert "too ambiguous" in streamed.text
+    assert streamed.status_code == 400 or "error" in streamed.text.splitlines()[-2]
+
+
+def test_a_pattern_that_llama_cpp_would_not_end_with(server: ServerProcess) -> None:
+    fields = '"json_schema": {"type": "string", "pattern": "^((a{0,30}){0,30})*b$"}'
+    content = body("/v1/completions", fields=fields).replace(b'"max_tokens": 2', b'"max_tokens": 60')
+    response = server.client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert re.match('"a*(b|$)', response.json()["choices"][0]["text"])
 
 
 def test_conversations_that_are_none(server: ServerProcess) -> None:

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <random>
 
+#include "grammar_text.h"
 #include "llama_moe/error.h"
 
 namespace llama_moe {
@@ -68,14 +69,14 @@ llama_sampler_ptr make_chain() {
     return llama_sampler_ptr(llama_sampler_chain_init(params));
 }
 
-std::optional<Grammar> make_grammar(const SamplingOptions& options, const llama_vocab* vocab) {
+std::optional<Grammar> make_grammar(const SamplingOptions& options, const SamplingVocabulary& vocabulary) {
     if (options.grammar || options.json_schema) {
         ChatGrammar grammar;
         grammar.text = options.grammar ? *options.grammar : grammar_of_schema(*options.json_schema);
-        return std::make_optional<Grammar>(grammar, vocab, /*names_tokens=*/false);
+        return std::make_optional<Grammar>(grammar, vocabulary.vocab, vocabulary.trie(), /*names_tokens=*/false);
     }
     if (!options.chat_grammar.text.empty()) {
-        return std::make_optional<Grammar>(options.chat_grammar, vocab, /*names_tokens=*/true);
+        return std::make_optional<Grammar>(options.chat_grammar, vocabulary.vocab, vocabulary.trie(), /*names_tokens=*/true);
     }
     return std::nullopt;
 }
@@ -170,12 +171,17 @@ SamplingVocabulary::SamplingVocabulary(const llama_model* model)
     }
 }
 
+std::shared_ptr<const TokenTrie> SamplingVocabulary::trie() const {
+    std::call_once(trie_once_, [this] { trie_ = std::make_shared<const TokenTrie>(vocab); });
+    return trie_;
+}
+
 // The order is that of llama.cpp's own default chain (common/sampling.cpp), so that equal settings mean the same.
 Sampler::Sampler(const SamplingOptions& options, const SamplingVocabulary& vocabulary, int context_size)
     : vocab_size_(vocabulary.size),
       end_tokens_(vocabulary.end_tokens),
       biases_(biases(options, vocabulary)),
-      grammar_(make_grammar(options, vocabulary.vocab)) {
+      grammar_(make_grammar(options, vocabulary)) {
     add_penalties(options, vocabulary, context_size);
     add_choice(options, vocabulary);
 }
@@ -367,7 +373,7 @@ std::int32_t Sampler::apply_chain(bool sorted) {
 }
 
 // Where the text may end and the grammar leaves nothing else, it ends, also with ignore_eos.
-std::int32_t Sampler::ending_token() const {
+std::int32_t Sampler::ending_token() {
     for (const auto token : end_tokens_) {
         if (grammar_->allows(token)) {
             return token;

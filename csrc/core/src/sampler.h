@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "grammar.h"
 #include "llama-cpp.h"
 #include "llama_moe/sampling.h"
+#include "token_trie.h"
 
 namespace llama_moe {
 
@@ -17,11 +19,18 @@ namespace llama_moe {
 struct SamplingVocabulary {
     explicit SamplingVocabulary(const llama_model* model);
 
+    // The texts of its tokens; made when they are first asked for.
+    std::shared_ptr<const TokenTrie> trie() const;
+
     const llama_vocab* vocab;
     int size;
     int trained_context;
     std::vector<std::int32_t> end_tokens;         // every end-of-generation token, the usual one first
     std::vector<std::int32_t> suppressed_tokens;  // the model's file says that they are never to be chosen
+
+   private:
+    mutable std::once_flag trie_once_;
+    mutable std::shared_ptr<const TokenTrie> trie_;
 };
 
 struct SampledLogprobs {
@@ -48,7 +57,7 @@ class Sampler {
     std::int32_t choose(const float* values);
     std::int32_t choose_allowed(const float* values);
     std::int32_t apply_chain(bool sorted);
-    std::int32_t ending_token() const;
+    std::int32_t ending_token();
 
     int vocab_size_;
     std::vector<std::int32_t> end_tokens_;
