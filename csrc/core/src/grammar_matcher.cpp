@@ -113,7 +113,7 @@ void GrammarMatcher::spend(std::size_t steps) {
     budget_ -= static_cast<std::int64_t>(steps);
     if (budget_ < 0) {
         throw InvalidOptionError(
-            "grammar (or the JSON schema that it is of) is too ambiguous: the text so far can be read in too many different ways; avoid "
+            "grammar (or the JSON schema that it is of) is too ambiguous: the text so far can go on in too many different ways; avoid "
             "repetitions of what may be empty or is itself a repetition, and alternatives that begin with the same long parts");
     }
 }
