@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "format.h"
+
+namespace llama_moe::experts {
+
+// Rows of activations, one after the other.
+struct ActivationRows {
+    std::int64_t k;
+    const float* floats;               // k of a row, where they are not quantised
+    const std::int8_t* values;         // k of a row
+    const float* scales;               // one for each block of 256 or 32 values
+    const std::int16_t* sums;          // for super-blocks, of the rounded values: sums of 16 of them
+    const float* scaled_sums;          // for blocks: sums of 32, times the scale
+};
+
+// Rows of activations as the kernels read them. Quantised ones are rounded to 8 bits, with one scale for 256 or 32 values, so that a
+// product is as exact as ggml's own.
+class Activations {
+   public:
+    // Makes room for `rows` rows of `k` values. Rows may then be set by several threads.
+    void resize(ActivationKind kind, std::int64_t k, std::int64_t rows);
+    void set_row(std::int64_t row, const float* values);
+
+    ActivationRows rows() const { return {k_, floats_.data(), values_.data(), scales_.data(), sums_.data(), scaled_sums_.data()}; }
+
+   private:
+    ActivationKind kind_ = ActivationKind::floats;
+    std::int64_t k_ = 0;
+    std::int64_t blocks_ = 0;
+    std::vector<float> floats_;
+    std::vector<std::int8_t> values_;
+    std::vector<float> scales_;
+    std::vector<std::int16_t> sums_;
+    std::vector<float> scaled_sums_;
+};
+
+}  // namespace llama_moe::experts

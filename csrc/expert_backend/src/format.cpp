@@ -1,0 +1,129 @@
+#include "format.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace llama_moe::experts {
+namespace {
+
+using Kind = ActivationKind;
+
+// The quants first, in whole vectors of 64 bytes; then scales, byte by byte, so that those of 16 rows are a vector too.
+const std::vector<Format>& formats() {
+    static const std::vector<Format> all = {
+        {GGML_TYPE_Q4_0, Kind::blocks, 32, 18, {{2, 16, 4}, {0, 2, 2}}},
+        {GGML_TYPE_Q4_1, Kind::blocks, 32, 20, {{4, 16, 4}, {0, 4, 2}}},
+        {GGML_TYPE_Q5_0, Kind::blocks, 32, 22, {{6, 16, 4}, {2, 4, 4}, {0, 2, 2}}, true},
+        {GGML_TYPE_Q5_1, Kind::blocks, 32, 24, {{8, 16, 4}, {4, 4, 4}, {0, 4, 2}}, true},
+        {GGML_TYPE_Q8_0, Kind::blocks, 32, 34, {{2, 32, 4}, {0, 2, 2}}},
+        {GGML_TYPE_IQ4_NL, Kind::blocks, 32, 18, {{2, 16, 4}, {0, 2, 2}}},
+        {GGML_TYPE_MXFP4, Kind::blocks, 32, 17, {{1, 16, 4}, {0, 1, 1}}},
+        {GGML_TYPE_Q2_K, Kind::super_blocks, 256, 84, {{16, 64, 4}, {0, 16, 1}, {80, 4, 2}}},
+        {GGML_TYPE_Q3_K, Kind::super_blocks, 256, 110, {{0, 32, 4}, {32, 64, 4}, {96, 12, 1}, {108, 2, 2}}},
+        {GGML_TYPE_Q4_K, Kind::super_blocks, 256, 144, {{16, 128, 4}, {4, 12, 1}, {0, 4, 2}}},
+        {GGML_TYPE_Q5_K, Kind::super_blocks, 256, 176, {{16, 32, 4}, {48, 128, 4}, {4, 12, 1}, {0, 4, 2}}},
+        {GGML_TYPE_Q6_K, Kind::super_blocks, 256, 210, {{0, 128, 4}, {128, 64, 4}, {192, 16, 1}, {208, 2, 2}}},
+        {GGML_TYPE_IQ4_XS, Kind::super_blocks, 256, 136, {{8, 128, 4}, {2, 2, 1}, {4, 4, 1}, {0, 2, 2}}},
+        {GGML_TYPE_F16, Kind::floats, 1, 2, {{0, 2, 2}}},
+        {GGML_TYPE_BF16, Kind::floats, 1, 2, {{0, 2, 2}}},
+    };
+    return all;
+}
+
+// Bit i of the word is the high bit of weight i of the block. Step s of the lower half needs bits 4s to 4s+3, that of the upper half
+// those 16 further on, one in each byte of a lane: bit 2s of byte b for the lower half, bit 2s+1 for the upper one.
+std::uint32_t spread_bits(std::uint32_t bits) {
+    std::uint32_t spread = 0;
+    for (unsigned step = 0; step < 4; step++) {
+        for (unsigned byte = 0; byte < 4; byte++) {
+            spread |= ((bits >> (4 * step + byte)) & 1) << (8 * byte + 2 * step);
+            spread |= ((bits >> (16 + 4 * step + byte)) & 1) << (8 * byte + 2 * step + 1);
+        }
+    }
+    return spread;
+}
+
+std::uint32_t gather_bits(std::uint32_t spread) {
+    std::uint32_t bits = 0;
+    for (unsigned step = 0; step < 4; step++) {
+        for (unsigned byte = 0; byte < 4; byte++) {
+            bits |= ((spread >> (8 * byte + 2 * step)) & 1) << (4 * step + byte);
+            bits |= ((spread >> (8 * byte + 2 * step + 1)) & 1) << (16 + 4 * step + byte);
+        }
+    }
+    return bits;
+}
+
+template <std::size_t Granule>
+void transpose(const std::uint8_t* from, std::size_t from_row, std::size_t from_granule, std::uint8_t* to, std::size_t to_row, std::size_t to_granule,
+               std::size_t granules) {
+    for (std::size_t i = 0; i < granules; i++) {
+        for (std::size_t row = 0; row < kGroupRows; row++) {
+            std::memcpy(to + i * to_granule + row * to_row, from + i * from_granule + row * from_row, Granule);
+        }
+    }
+}
+
+void transpose(std::size_t granule, const std::uint8_t* from, std::size_t from_row, std::size_t from_granule, std::uint8_t* to, std::size_t to_row,
+               std::size_t to_granule, std::size_t granules) {
+    const auto copy = granule == 1 ? transpose<1> : granule == 2 ? transpose<2> : transpose<4>;
+    copy(from, from_row, from_granule, to, to_row, to_granule, granules);
+}
+
+template <class Reorder>
+void reorder_words(std::uint8_t* words, Reorder reorder) {
+    for (std::size_t row = 0; row < kGroupRows; row++) {
+        std::uint32_t word;
+        std::memcpy(&word, words + 4 * row, 4);
+        word = reorder(word);
+        std::memcpy(words + 4 * row, &word, 4);
+    }
+}
+
+}  // namespace
+
+const Format* find_format(ggml_type type) {
+    const auto& all = formats();
+    const auto found = std::find_if(all.begin(), all.end(), [&](const Format& format) { return format.type == type; });
+    return found == all.end() ? nullptr : &*found;
+}
+
+bool packs(const Format& format, std::int64_t k, std::int64_t rows) {
+    return k > 0 && rows > 0 && k % format.block == 0 && rows % kGroupRows == 0;
+}
+
+void pack_group(const Format& format, std::int64_t k, const std::uint8_t* rows, std::uint8_t* group) {
+    const auto blocks = static_cast<std::size_t>(k / format.block);
+    const std::size_t row_bytes = blocks * format.block_bytes;
+    for (std::size_t b = 0; b < blocks; b++) {
+        for (const auto& segment : format.segments) {
+            transpose(segment.granule, rows + b * format.block_bytes + segment.offset, row_bytes, segment.granule, group, segment.granule,
+                      kGroupRows * segment.granule, segment.size / segment.granule);
+            if (format.high_bits && segment.size == 4 && segment.granule == 4) {
+                reorder_words(group, spread_bits);
+            }
+            group += kGroupRows * segment.size;
+        }
+    }
+}
+
+void unpack_group(const Format& format, std::int64_t k, const std::uint8_t* group, std::uint8_t* rows) {
+    const auto blocks = static_cast<std::size_t>(k / format.block);
+    const std::size_t row_bytes = blocks * format.block_bytes;
+    std::uint8_t words[4 * kGroupRows];
+    for (std::size_t b = 0; b < blocks; b++) {
+        for (const auto& segment : format.segments) {
+            const std::uint8_t* from = group;
+            if (format.high_bits && segment.size == 4 && segment.granule == 4) {
+                std::memcpy(words, group, sizeof words);
+                reorder_words(words, gather_bits);
+                from = words;
+            }
+            transpose(segment.granule, from, segment.granule, kGroupRows * segment.granule, rows + b * format.block_bytes + segment.offset, row_bytes,
+                      segment.granule, segment.size / segment.granule);
+            group += kGroupRows * segment.size;
+        }
+    }
+}
+
+}  // namespace llama_moe::experts

@@ -1,0 +1,29 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "activations.h"
+#include "format.h"
+
+namespace llama_moe::experts {
+
+// Multiplies one packed group of 16 rows of `k` weights with `tokens` rows of activations: outputs[t][0..15] = group x activations of
+// row rows[t].
+using MultiplyGroup = void (*)(const std::uint8_t* group, const ActivationRows& activations, const std::int32_t* rows, float* const* outputs, int tokens);
+
+// The kernels for one kind of processor.
+struct KernelSet {
+    const char* name;  // "avx2", "portable"
+    MultiplyGroup (*find)(ggml_type type);  // null for a type without one
+};
+
+// The best for this processor first; the portable one is the last.
+const std::vector<KernelSet>& usable_kernels();
+
+extern const KernelSet portable_kernels;
+#if defined(__x86_64__)
+extern const KernelSet avx2_kernels;
+#endif
+
+}  // namespace llama_moe::experts
