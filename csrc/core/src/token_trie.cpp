@@ -5,7 +5,7 @@
 namespace llama_moe {
 namespace {
 
-constexpr std::size_t kMaxDepth = (1u << 24) - 1;
+constexpr std::uint32_t kMaxDepth = (1u << 24) - 1;
 
 }  // namespace
 
