@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--wheel", dest="wheels", type=Path, action="append", default=[], help="another one to install with it")
     parser.add_argument("--with", dest="requirements", action="append", default=[], help="another package to install")
     parser.add_argument("tests", nargs="*", default=TESTS, help="files and folders of tests")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # files of tests may come after options
     with tempfile.TemporaryDirectory(prefix="llama_moe-wheel-") as directory:
         python = environment(Path(directory), [arguments.wheel, *arguments.wheels], arguments.requirements)
         shutil.copytree(ROOT / "tests", Path(directory) / "tests", ignore=shutil.ignore_patterns("__pycache__", "cpp"))
