@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -233,7 +232,7 @@ class Backend {
         const ggml_tensor* ids = node->src[2];
         const std::int64_t experts = node->src[0]->ne[2];
         const std::int64_t rows_of_token = node->src[1]->ne[1];
-        // A place for every expert, then without those that nobody uses; vectors keep their memory.
+        // One for every expert, without rows where nobody uses it; cleared vectors keep their memory.
         assignments_.resize(static_cast<std::size_t>(experts));
         for (std::int64_t e = 0; e < experts; e++) {
             auto& assignment = assignments_[static_cast<std::size_t>(e)];

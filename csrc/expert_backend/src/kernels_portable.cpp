@@ -51,7 +51,6 @@ struct Portable {
     }
     static Bytes raise(const Bytes& bytes) { return bytes; }
 
-    static float to_float(std::uint16_t half) { return ggml_fp16_to_fp32(half); }
     static void to_floats(const std::uint8_t* halves, float* floats) {
         for (int row = 0; row < kGroupRows; row++) {
             std::uint16_t half;
