@@ -5,8 +5,10 @@
 #include <pybind11/stl.h>
 #include <pybind11/typing.h>
 
+#include <chrono>
 #include <memory>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -48,6 +50,46 @@ void drain_logs();
 // For waits in the core: takes the GIL, lets pending signals run (Ctrl-C throws), hands over log lines.
 Poll poll_signals();
 
+// The GIL, given back and held for a scope: pybind11's classes for that let a thread die that is still running when the interpreter
+// ends. Before 3.14, Python unwinds the stack of a thread that asks for the GIL then, and whatever must not throw aborts the process. A
+// thread that meets this here sleeps until the process is gone, which is what newer Pythons do.
+template <typename Take>
+void take_gil(Take&& take) {
+    try {
+        take();
+    } catch (...) {
+        while (true) {
+            std::this_thread::sleep_for(std::chrono::hours(1));
+        }
+    }
+}
+
+class GilReleased {
+   public:
+    GilReleased() : state_(PyEval_SaveThread()) {}
+    ~GilReleased() {
+        take_gil([this] { PyEval_RestoreThread(state_); });
+    }
+    GilReleased(const GilReleased&) = delete;
+    GilReleased& operator=(const GilReleased&) = delete;
+
+   private:
+    PyThreadState* state_;
+};
+
+class GilHeld {
+   public:
+    GilHeld() {
+        take_gil([this] { state_ = PyGILState_Ensure(); });
+    }
+    ~GilHeld() { PyGILState_Release(state_); }
+    GilHeld(const GilHeld&) = delete;
+    GilHeld& operator=(const GilHeld&) = delete;
+
+   private:
+    PyGILState_STATE state_{};
+};
+
 // Runs `work` without the GIL: the only way bindings call what may wait or take longer than a microsecond. Python objects
 // must not be touched inside.
 template <typename Work>
@@ -55,7 +97,7 @@ auto without_gil(Work&& work) {
     struct Drain {
         ~Drain() { drain_logs(); }
     } drain;  // after the GIL is back, whether or not `work` threw
-    py::gil_scoped_release release;
+    const GilReleased released;
     return work();
 }
 
@@ -70,7 +112,7 @@ class Handle {
             new std::shared_ptr<T>(std::move(native_));
             return;
         }
-        py::gil_scoped_release release;
+        const GilReleased released;
         native_.reset();
     }
     Handle(const Handle&) = delete;

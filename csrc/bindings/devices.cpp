@@ -28,7 +28,7 @@ void bind_devices(py::module_& m) {
     m.def(
         "run_worker",
         [](const std::string& endpoint, int threads, const std::optional<std::string>& cache_dir) {
-            py::gil_scoped_release release;
+            const GilReleased released;
             run_worker(endpoint, threads, cache_dir);
         },
         py::arg("endpoint"), py::arg("threads"), py::arg("cache_dir"));
@@ -42,7 +42,7 @@ void bind_devices(py::module_& m) {
             // Kept for good, as the log's sink is: static destruction is too late for Python objects.
             auto* loader = new py::object(function);
             set_plugin_loader([loader] {
-                py::gil_scoped_acquire acquire;
+                const GilHeld held;
                 (*loader)();
             });
         },

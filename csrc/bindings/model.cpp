@@ -15,7 +15,7 @@ std::unique_ptr<ModelHandle> load(const std::string& path, const ModelOptions& o
     Model::Progress progress;
     if (on_progress) {
         progress = [&on_progress](float fraction) {
-            py::gil_scoped_acquire acquire;
+            const GilHeld held;
             (*on_progress)(fraction);
         };
     }

@@ -5,7 +5,7 @@ namespace llama_moe::bindings {
 
 Poll poll_signals() {
     return [] {
-        py::gil_scoped_acquire acquire;
+        const GilHeld held;
         if (PyErr_CheckSignals() != 0) {
             throw py::error_already_set();
         }

@@ -12,7 +12,7 @@ std::function<void(float)> progress_of(const ProgressCallback& on_progress) {
         return {};
     }
     return [&on_progress](float share) {
-        py::gil_scoped_acquire acquire;
+        const GilHeld held;
         (*on_progress)(share);
     };
 }

@@ -72,5 +72,5 @@ def test_the_common_library_is_behind_a_file_for_each_part_of_it() -> None:
 
 def test_bindings_release_the_gil_in_one_place() -> None:
     bindings = list(cpp_files(REPOSITORY / "csrc" / "bindings"))
-    releasing = {file.name for file in bindings if "gil_scoped_release" in file.read_text(encoding="utf-8")}
+    releasing = {file.name for file in bindings if "GilReleased" in file.read_text(encoding="utf-8")}
     assert releasing == {"bindings.h", "devices.cpp"}  # run_worker never returns

@@ -16,6 +16,7 @@ from llama_moe import AsyncTokenStream, Completion, Engine, Model, SamplingParam
 from llama_moe.errors import ClosedError, ContextFullError, InvalidOptionError, LlamaMoeError, RequestTimeoutError
 from tests.support.loops import Loops, Run, until
 from tests.support.processes import run_python
+from tests.support.waiting import eventually
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
@@ -38,12 +39,14 @@ def one_place(model: Model) -> Iterator[Engine]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_over(model: Model, engine: Engine) -> Iterator[None]:
-    gc.collect()
-    before = _core.live_objects()
+    def left_over() -> int:
+        gc.collect()
+        live = _core.live_objects()
+        return live["generations"] + live["notifiers"]
+
     yield
-    gc.collect()
-    after = _core.live_objects()
-    assert {name: after[name] for name in ("generations", "notifiers")} == {name: before[name] for name in ("generations", "notifiers")}
+    # A thread that has just handed over a result may still be about to let go of it.
+    assert eventually(lambda: left_over() == 0)
 
 
 async def is_free(engine: Engine) -> None:

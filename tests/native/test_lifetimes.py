@@ -213,3 +213,20 @@ def test_the_interpreter_ends_cleanly_in_the_middle_of_everything(path: Path) ->
         path,
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "leaving\n", "")
+
+
+def test_the_interpreter_ends_cleanly_while_threads_come_and_go(path: Path) -> None:
+    ran = run_python(
+        """
+        import sys, threading, llama_moe
+        llm = llama_moe.load(sys.argv[1], devices=[], max_sequences=2)
+        def ask():
+            while True:
+                llm.closed
+        for _ in range(8):
+            threading.Thread(target=ask, daemon=True).start()
+        print("leaving")
+        """,
+        path,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "leaving\n", "")
