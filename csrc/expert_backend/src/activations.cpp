@@ -29,6 +29,15 @@ float round_block(const float* values, std::int64_t count, std::int8_t* rounded)
     return largest / 127.0f;
 }
 
+template <int Count>
+float sum(const std::int8_t* rounded) {
+    int sum = 0;
+    for (int i = 0; i < Count; i++) {
+        sum += rounded[i];
+    }
+    return static_cast<float>(sum);
+}
+
 }  // namespace
 
 void Activations::resize(ActivationKind kind, std::int64_t k, std::int64_t rows) {
@@ -41,11 +50,7 @@ void Activations::resize(ActivationKind kind, std::int64_t k, std::int64_t rows)
     blocks_ = k / (kind == ActivationKind::super_blocks ? 256 : 32);
     grow(values_, rows * k);
     grow(scales_, rows * blocks_);
-    if (kind == ActivationKind::super_blocks) {
-        grow(sums_, rows * (k / 16));
-    } else {
-        grow(scaled_sums_, rows * blocks_);
-    }
+    grow(sums_, rows * blocks_ * (kind == ActivationKind::super_blocks ? kSumsOfSuperBlock : 1));
 }
 
 void Activations::set_row(std::int64_t row, const float* values) {
@@ -56,27 +61,22 @@ void Activations::set_row(std::int64_t row, const float* values) {
     std::int8_t* rounded = values_.data() + row * k_;
     float* scales = scales_.data() + row * blocks_;
     if (kind_ == ActivationKind::super_blocks) {
-        std::int16_t* sums = sums_.data() + row * (k_ / 16);
-        for (std::int64_t b = 0; b < blocks_; b++) {
-            scales[b] = round_block(values + b * 256, 256, rounded + b * 256);
-        }
-        for (std::int64_t i = 0; i < k_ / 16; i++) {
-            int sum = 0;
-            for (int j = 0; j < 16; j++) {
-                sum += rounded[i * 16 + j];
+        float* sums = sums_.data() + row * blocks_ * kSumsOfSuperBlock;
+        for (std::int64_t b = 0; b < blocks_; b++, values += 256, rounded += 256, sums += kSumsOfSuperBlock) {
+            scales[b] = round_block(values, 256, rounded);
+            for (int i = 0; i < 16; i++) {
+                sums[i] = sum<16>(rounded + 16 * i);
             }
-            sums[i] = static_cast<std::int16_t>(sum);
+            for (int i = 0; i < 8; i++) {
+                sums[16 + i] = sums[2 * i] + sums[2 * i + 1];
+            }
         }
         return;
     }
-    float* scaled_sums = scaled_sums_.data() + row * blocks_;
-    for (std::int64_t b = 0; b < blocks_; b++) {
-        scales[b] = round_block(values + b * 32, 32, rounded + b * 32);
-        int sum = 0;
-        for (int j = 0; j < 32; j++) {
-            sum += rounded[b * 32 + j];
-        }
-        scaled_sums[b] = scales[b] * static_cast<float>(sum);
+    float* sums = sums_.data() + row * blocks_;
+    for (std::int64_t b = 0; b < blocks_; b++, values += 32, rounded += 32) {
+        scales[b] = round_block(values, 32, rounded);
+        sums[b] = scales[b] * sum<32>(rounded);
     }
 }
 

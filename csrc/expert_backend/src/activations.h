@@ -10,12 +10,14 @@ namespace llama_moe::experts {
 // Rows of activations, one after the other.
 struct ActivationRows {
     std::int64_t k;
-    const float* floats;               // k of a row, where they are not quantised
-    const std::int8_t* values;         // k of a row
-    const float* scales;               // one for each block of 256 or 32 values
-    const std::int16_t* sums;          // for super-blocks, of the rounded values: sums of 16 of them
-    const float* scaled_sums;          // for blocks: sums of 32, times the scale
+    const float* floats;        // k of a row, where they are not quantised
+    const std::int8_t* values;  // k of a row
+    const float* scales;        // one for each block of 256 or 32 values
+    const float* sums;          // of the rounded values: for super-blocks kSumsOfSuperBlock each, for blocks one each, times its scale
 };
+
+// Sums of 16 of the 256 values, and after these the sums of 32.
+constexpr int kSumsOfSuperBlock = 16 + 8;
 
 // Rows of activations as the kernels read them. Quantised ones are rounded to 8 bits, with one scale for 256 or 32 values, so that a
 // product is as exact as ggml's own.
@@ -25,7 +27,7 @@ class Activations {
     void resize(ActivationKind kind, std::int64_t k, std::int64_t rows);
     void set_row(std::int64_t row, const float* values);
 
-    ActivationRows rows() const { return {k_, floats_.data(), values_.data(), scales_.data(), sums_.data(), scaled_sums_.data()}; }
+    ActivationRows rows() const { return {k_, floats_.data(), values_.data(), scales_.data(), sums_.data()}; }
 
    private:
     ActivationKind kind_ = ActivationKind::floats;
@@ -34,8 +36,7 @@ class Activations {
     std::vector<float> floats_;
     std::vector<std::int8_t> values_;
     std::vector<float> scales_;
-    std::vector<std::int16_t> sums_;
-    std::vector<float> scaled_sums_;
+    std::vector<float> sums_;
 };
 
 }  // namespace llama_moe::experts

@@ -7,123 +7,115 @@ namespace llama_moe::experts {
 namespace {
 
 struct Portable {
-    struct Bytes {
-        std::uint8_t at[64];
+    template <class Number, int Count>
+    struct Vector {
+        Number at[Count];
     };
-    struct Table {
-        std::int8_t at[16];
-    };
+    using Bytes = Vector<std::uint8_t, 64>;
+    using Ints = Vector<std::int32_t, kGroupRows>;
+    using Floats = Vector<float, kGroupRows>;
+    using Table = Vector<std::int8_t, 16>;
     static constexpr int kOffset = 0;
+    static constexpr int kTokensAtOnce = 1;
 
-    template <class Function>
-    static Bytes each(Function function) {
-        Bytes result;
-        for (int i = 0; i < 64; i++) {
-            result.at[i] = static_cast<std::uint8_t>(function(i));
+    // Not inlined: compilers would take minutes for what these unroll.
+    template <class V, class Function>
+    [[gnu::noinline]] static V make(Function function) {
+        V result;
+        int i = 0;
+        for (auto& number : result.at) {
+            number = static_cast<std::remove_reference_t<decltype(number)>>(function(i++));
         }
         return result;
     }
+
     static Bytes load(const std::uint8_t* from) {
-        Bytes bytes;
-        std::memcpy(bytes.at, from, 64);
-        return bytes;
+        return make<Bytes>([&](int i) { return from[i]; });
     }
-    static void store(std::uint8_t* to, const Bytes& bytes) { std::memcpy(to, bytes.at, 64); }
+    static void store(std::uint8_t* to, const Bytes& bytes) { std::memcpy(to, bytes.at, sizeof bytes.at); }
     static Bytes bit_or(const Bytes& a, const Bytes& b) {
-        return each([&](int i) { return a.at[i] | b.at[i]; });
+        return make<Bytes>([&](int i) { return a.at[i] | b.at[i]; });
     }
-    static Bytes low_nibbles(const Bytes& bytes) {
-        return each([&](int i) { return bytes.at[i] & 15; });
-    }
-    static Bytes high_nibbles(const Bytes& bytes) {
-        return each([&](int i) { return bytes.at[i] >> 4; });
-    }
-    static Bytes bits(const Bytes& bytes, int from, int count, int to) {
-        return each([&](int i) { return ((bytes.at[i] >> from) & ((1 << count) - 1)) << to; });
+    static Bytes low_nibbles(const Bytes& bytes) { return bits<0, 4, 0>(bytes); }
+    static Bytes high_nibbles(const Bytes& bytes) { return bits<4, 4, 0>(bytes); }
+    template <int From, int Count, int To>
+    static Bytes bits(const Bytes& bytes) {
+        return make<Bytes>([&](int i) { return ((bytes.at[i] >> From) & ((1 << Count) - 1)) << To; });
     }
     static Table table(const std::int8_t* values) {
-        Table table;
-        std::memcpy(table.at, values, 16);
-        return table;
+        return make<Table>([&](int i) { return values[i]; });
     }
     static Bytes look_up(const Table& table, const Bytes& indices) {
-        return each([&](int i) { return table.at[indices.at[i]]; });
+        return make<Bytes>([&](int i) { return table.at[indices.at[i]]; });
     }
     static Bytes raise(const Bytes& bytes) { return bytes; }
 
-    static void to_floats(const std::uint8_t* halves, float* floats) {
-        for (int row = 0; row < kGroupRows; row++) {
-            std::uint16_t half;
-            std::memcpy(&half, halves + 2 * row, 2);
-            floats[row] = ggml_fp16_to_fp32(half);
-        }
+    static Floats load_floats(const float* from) {
+        return make<Floats>([&](int i) { return from[i]; });
+    }
+    static void store(float* to, const Floats& floats) { std::memcpy(to, floats.at, sizeof floats.at); }
+    static Floats broadcast(float number) {
+        return make<Floats>([&](int) { return number; });
+    }
+    static Floats multiply(const Floats& a, const Floats& b) {
+        return make<Floats>([&](int i) { return a.at[i] * b.at[i]; });
+    }
+    static Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+        return make<Floats>([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
+    }
+    static Floats from_halves(const std::uint8_t* from) {
+        return make<Floats>([&](int i) { return ggml_fp16_to_fp32(half(from, i)); });
+    }
+    static Floats from_bf16(const std::uint8_t* from) {
+        return make<Floats>([&](int i) { return ggml_bf16_to_fp32({half(from, i)}); });
+    }
+    static std::uint16_t half(const std::uint8_t* from, int i) {
+        std::uint16_t bits;
+        std::memcpy(&bits, from + 2 * i, 2);
+        return bits;
+    }
+    static Floats from_bytes(const std::int8_t* from) {
+        return make<Floats>([&](int i) { return from[i]; });
     }
 
-    // The products of some steps of a row, as integers.
+    using Sums = Ints;
     template <class F>
-    static int dot(const Tile& tile, int row, const std::int8_t* values, int first_step, int steps) {
-        int sum = 0;
-        for (int step = first_step; step < first_step + steps; step++) {
+    static constexpr int steps_of_sums() {
+        return F::kSub / kStep;
+    }
+    template <class F>
+    static Sums first_sums(const Bytes& weights, const std::int8_t* values) {
+        return make<Sums>([&](int row) {
+            int sum = 0;
             for (int i = 0; i < kStep; i++) {
-                const std::uint8_t weight = tile.weights[step][kStep * row + i];
-                sum += (F::kSigned ? static_cast<std::int8_t>(weight) : static_cast<int>(weight)) * values[kStep * step + i];
+                const std::uint8_t weight = weights.at[kStep * row + i];
+                sum += (F::kSigned ? static_cast<std::int8_t>(weight) : static_cast<int>(weight)) * values[i];
             }
-        }
-        return sum;
+            return sum;
+        });
+    }
+    template <class F>
+    static void add_products(Sums& sums, const Bytes& weights, const std::int8_t* values) {
+        sums = add(sums, first_sums<F>(weights, values));
+    }
+    static Ints to_ints(const Sums& sums) { return sums; }
+    static Ints add(const Ints& a, const Ints& b) {
+        return make<Ints>([&](int i) { return a.at[i] + b.at[i]; });
+    }
+    static Floats to_floats(const Ints& ints) {
+        return make<Floats>([&](int i) { return ints.at[i]; });
     }
 
-    static int low(std::uint32_t word) { return static_cast<std::int16_t>(word & 0xffff); }
-    static int high(std::uint32_t word) { return static_cast<std::int16_t>(word >> 16); }
-
-    template <class F, int Tokens>
-    static void add_super_block(const Tile& tile, const TileRows<Tokens>& rows, float (*totals)[kGroupRows]) {
-        for (int t = 0; t < Tokens; t++) {
-            for (int row = 0; row < kGroupRows; row++) {
-                int products = 0;
-                for (int sub = 0; sub < kTileColumns / F::kSub; sub++) {
-                    products += low(tile.scales[sub][row]) * dot<F>(tile, row, rows.values[t], sub * F::kSub / kStep, F::kSub / kStep);
-                }
-                float total = tile.factors[row] * static_cast<float>(products);
-                if constexpr (F::kMinimums) {
-                    int minimums = 0;
-                    for (int i = 0; i < kTileColumns / 32; i++) {
-                        minimums += low(tile.minimums[i][row]) * rows.sums[t][2 * i] + high(tile.minimums[i][row]) * rows.sums[t][2 * i + 1];
-                    }
-                    total -= tile.minimum_factors[row] * static_cast<float>(minimums);
-                }
-                totals[t][row] += total * *rows.scales[t];
-            }
-        }
+    using Scale = Ints;
+    using Scaled = Ints;
+    static Scale make_scale(const std::int8_t* bytes, const Floats&) {
+        return make<Scale>([&](int i) { return bytes[i]; });
     }
-
-    template <class F, int Tokens>
-    static void add_blocks(const Tile& tile, int blocks, const TileRows<Tokens>& rows, float (*totals)[kGroupRows]) {
-        for (int t = 0; t < Tokens; t++) {
-            for (int b = 0; b < blocks; b++) {
-                for (int row = 0; row < kGroupRows; row++) {
-                    const auto product = static_cast<float>(dot<F>(tile, row, rows.values[t], 8 * b, 8));
-                    totals[t][row] += product * tile.block_scales[b][row] * rows.scales[t][b];
-                    if constexpr (F::kMinimums) {
-                        totals[t][row] += rows.scaled_sums[t][b] * tile.block_offsets[b][row];
-                    }
-                }
-            }
-        }
+    static Scaled zero_scaled() { return {}; }
+    static void add_scaled(Scaled& products, const Sums& sums, const Scale& scale) {
+        products = make<Scaled>([&](int i) { return products.at[i] + sums.at[i] * scale.at[i]; });
     }
-
-    template <class F, int Tokens>
-    static void add_floats(const std::uint8_t* group, std::int64_t k, const float* const* values, float (*totals)[kGroupRows]) {
-        for (std::int64_t column = 0; column < k; column++, group += 2 * kGroupRows) {
-            for (int row = 0; row < kGroupRows; row++) {
-                std::uint16_t bits;
-                std::memcpy(&bits, group + 2 * row, 2);
-                const float weight = F::kType == GGML_TYPE_BF16 ? ggml_bf16_to_fp32({bits}) : ggml_fp16_to_fp32(bits);
-                for (int t = 0; t < Tokens; t++) {
-                    totals[t][row] += weight * values[t][column];
-                }
-            }
-        }
-    }
+    static Floats total(const Scaled& products, const Floats& factors) { return multiply(to_floats(products), factors); }
 };
 
 }  // namespace

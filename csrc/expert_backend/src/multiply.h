@@ -6,32 +6,43 @@
 #include "kernels.h"
 #include "tile.h"
 
-// The loops around an Arch's products, for all formats. An Arch has
-//   Bytes, load, store, bit_or, low_nibbles, high_nibbles, bits, table, look_up, raise, to_floats: what tile.h unpacks with;
+// The loops, for all formats and processors. An Arch has the vectors:
+//   Bytes, 64 of them: load, store, bit_or, low_nibbles, high_nibbles, bits<from, count, to>, table, look_up, raise;
 //   kOffset: what raise() adds to signed weights, 0 where products of signed weights are as good as others;
-//   add_super_block<F, Tokens>, add_blocks<F, Tokens>, add_floats<F, Tokens>: a tile times `Tokens` rows, added to their totals.
+//   Floats, one for each row: load_floats, store, broadcast, multiply, fma(a, b, c) = a x b + c, and those made from_halves, from_bf16, from_bytes;
+//   Sums, of products of four weights of a row: first_sums<F> and add_products<F>, of steps_of_sums<F>() steps at most;
+//   Ints, sums of any number of steps: to_ints(Sums), add, to_floats;
+//   Scale and Scaled, sums times integer scales: make_scale(bytes, factors), zero_scaled, add_scaled, and total(Scaled, factors), in which
+//   the factors are used by one of make_scale and total;
+//   kTokensAtOnce: so many tokens are multiplied with weights that are in registers.
 namespace llama_moe::experts {
 namespace {  // see tile.h
 
 // Unpacked weights are used for so many tokens before the next ones are unpacked; their totals stay in the first level of the cache.
 constexpr int kTokensOfTile = 64;
-// So many tokens are multiplied with weights that are in registers.
-constexpr int kTokensAtOnce = 4;
 
 using Totals = float[kTokensOfTile][kGroupRows];
 
 // Calls work(first token, number of tokens as a constant) for all tokens.
-template <class Work>
+template <int AtOnce, class Work>
 inline void for_tokens(int tokens, Work work) {
     int t = 0;
-    for (; t + kTokensAtOnce <= tokens; t += kTokensAtOnce) {
-        work(t, std::integral_constant<int, kTokensAtOnce>());
+    for (; t + AtOnce <= tokens; t += AtOnce) {
+        work(t, kAt<AtOnce>);
     }
-    switch (tokens - t) {
-        case 3: work(t, std::integral_constant<int, 3>()); break;
-        case 2: work(t, std::integral_constant<int, 2>()); break;
-        case 1: work(t, std::integral_constant<int, 1>()); break;
-        default: break;
+    if constexpr (AtOnce > 4) {
+        if (t + 4 <= tokens) {
+            work(t, kAt<4>);
+            t += 4;
+        }
+    }
+    if constexpr (AtOnce > 1) {
+        switch (tokens - t) {
+            case 3: work(t, kAt<3>); break;
+            case 2: work(t, kAt<2>); break;
+            case 1: work(t, kAt<1>); break;
+            default: break;
+        }
     }
 }
 
@@ -40,47 +51,287 @@ template <int Tokens>
 struct TileRows {
     const std::int8_t* values[Tokens];
     const float* scales[Tokens];
-    const std::int16_t* sums[Tokens];        // of super-blocks
-    const float* scaled_sums[Tokens];        // of blocks
+    const float* sums[Tokens];
+
+    template <class F>
+    void set(int t, F, const ActivationRows& activations, std::int64_t row, std::int64_t column) {
+        const std::int64_t from = row * activations.k + column;
+        values[t] = activations.values + from;
+        scales[t] = activations.scales + from / (F::kSuperBlock ? 256 : 32);
+        sums[t] = activations.sums + (F::kSuperBlock ? from / 256 * kSumsOfSuperBlock + (F::kSub == 16 ? 0 : 16) : from / 32);
+    }
 };
+
+// What has to be taken off for unpacked weights that are larger than what they stand for.
+template <class Arch, class F>
+constexpr int kRaisedBy = F::kSigned ? Arch::kOffset : F::kRaised;
+template <class Arch, class F>
+constexpr bool kUsesSums = F::kMinimums || kRaisedBy<Arch, F> != 0;
+
+// Minus the factors of a super-block's minimums. Where weights are raised its scales are the minimums.
+template <class Arch, class F>
+inline typename Arch::Floats minimum_factors(const std::uint8_t* group, typename Arch::Floats factors) {
+    if constexpr (F::kMinimums) {
+        return Arch::multiply(Arch::from_halves(group + F::kFactors + 2 * kGroupRows), Arch::broadcast(-1.0f));
+    } else {
+        return Arch::multiply(factors, Arch::broadcast(static_cast<float>(-kRaisedBy<Arch, F>)));
+    }
+}
+template <class F>
+inline const std::int8_t* minimums_of_sub(const SubScales& scales, int sub) {
+    return (F::kMinimums ? scales.minimums : scales.scales) + kGroupRows * sub;
+}
+
+// What is added for each sum of the activations of a block.
+template <class Arch, class F>
+inline typename Arch::Floats block_minimums(const std::uint8_t* group, typename Arch::Floats scales) {
+    if constexpr (F::kMinimums) {
+        return F::template minimums<Arch>(group);
+    } else {
+        return Arch::multiply(scales, Arch::broadcast(static_cast<float>(-kRaisedBy<Arch, F>)));
+    }
+}
+
+// Weights are read once and in an order that hardware does not foresee. Reaching past the last ones does no harm.
+template <class F>
+inline void prefetch_block(const std::uint8_t* group) {
+    constexpr int kBytesAhead = 4096;
+    for_constants<F::kBytes * kGroupRows / 64>([&](auto line) { __builtin_prefetch(group + kBytesAhead + 64 * line); });
+}
+
+// One token, the way text is generated: the weights are multiplied as they are unpacked.
+
+template <class Arch, class F>
+inline typename Arch::Floats add_super_block(const std::uint8_t* group, const TileRows<1>& row, typename Arch::Floats total) {
+    constexpr int kSteps = F::kSub / kStep;
+    constexpr int kStepsOfSums = Arch::template steps_of_sums<F>();
+    constexpr int kRuns = kSteps / kStepsOfSums;
+    SubScales scales;
+    F::sub_scales(group, scales);
+    const auto factors = Arch::from_halves(group + F::kFactors);
+    auto products = Arch::zero_scaled();
+    for_constants<F::kSpans>([&](auto span) {
+        typename Arch::Sums sums[F::kSpanSubs][kRuns];
+        typename Arch::Scale sub_scales[F::kSpanSubs];
+        for_constants<F::kSpanSubs>([&](auto i) { sub_scales[i] = Arch::make_scale(scales.scales + kGroupRows * F::sub(span, i), factors); });
+        F::template span<Arch>(group, span, [&](auto i, auto step, auto weights) {
+            auto& sum = sums[i][step / kStepsOfSums];
+            const std::int8_t* values = row.values[0] + F::sub(span, i) * F::kSub + step * kStep;
+            if constexpr (step % kStepsOfSums == 0) {
+                sum = Arch::template first_sums<F>(weights, values);
+            } else {
+                Arch::template add_products<F>(sum, weights, values);
+            }
+            if constexpr (step % kStepsOfSums == kStepsOfSums - 1) {
+                Arch::add_scaled(products, sum, sub_scales[i]);
+            }
+        });
+    });
+    auto sum = Arch::total(products, factors);
+    if constexpr (kUsesSums<Arch, F>) {
+        auto minimums = Arch::broadcast(0.0f);
+        for_constants<kTileColumns / F::kSub>([&](auto sub) {
+            minimums = Arch::fma(Arch::from_bytes(minimums_of_sub<F>(scales, sub)), Arch::broadcast(row.sums[0][sub]), minimums);
+        });
+        sum = Arch::fma(minimums, minimum_factors<Arch, F>(group, factors), sum);
+    }
+    return Arch::fma(sum, Arch::broadcast(*row.scales[0]), total);
+}
+
+template <class Arch, class F>
+inline typename Arch::Floats add_block(const std::uint8_t* group, const TileRows<1>& row, typename Arch::Floats total) {
+    constexpr int kSteps = F::kSub / kStep;
+    constexpr int kStepsOfSums = Arch::template steps_of_sums<F>();
+    constexpr int kRuns = kSteps / kStepsOfSums;
+    typename Arch::Sums sums[kRuns];
+    F::template span<Arch>(group, kAt<0>, [&](auto, auto step, auto weights) {
+        const std::int8_t* values = row.values[0] + step * kStep;
+        if constexpr (step % kStepsOfSums == 0) {
+            sums[step / kStepsOfSums] = Arch::template first_sums<F>(weights, values);
+        } else {
+            Arch::template add_products<F>(sums[step / kStepsOfSums], weights, values);
+        }
+    });
+    auto products = Arch::to_ints(sums[0]);
+    for_constants<kRuns - 1>([&](auto i) { products = Arch::add(products, Arch::to_ints(sums[i + 1])); });
+    const auto scales = F::template scales<Arch>(group);
+    if constexpr (kUsesSums<Arch, F>) {
+        total = Arch::fma(block_minimums<Arch, F>(group, scales), Arch::broadcast(*row.sums[0]), total);
+    }
+    return Arch::fma(Arch::to_floats(products), Arch::multiply(scales, Arch::broadcast(*row.scales[0])), total);
+}
+
+template <class Arch, class F>
+typename Arch::Floats multiply_row(const std::uint8_t* group, const ActivationRows& activations, std::int64_t row) {
+    const std::int64_t k = activations.k;
+    auto total = Arch::broadcast(0.0f);
+    if constexpr (F::kSub == 0) {
+        for (std::int64_t column = 0; column < k; column++, group += 2 * kGroupRows) {
+            total = Arch::fma(F::template weights<Arch>(group), Arch::broadcast(activations.floats[row * k + column]), total);
+        }
+    } else {
+        constexpr int kBlock = F::kSuperBlock ? 256 : 32;
+        for (std::int64_t column = 0; column < k; column += kBlock, group += F::kBytes * kGroupRows) {
+            prefetch_block<F>(group);
+            TileRows<1> tile_row;
+            tile_row.set(0, F(), activations, row, column);
+            if constexpr (F::kSuperBlock) {
+                total = add_super_block<Arch, F>(group, tile_row, total);
+            } else {
+                total = add_block<Arch, F>(group, tile_row, total);
+            }
+        }
+    }
+    return total;
+}
+
+// Several tokens: the weights of 16 rows and up to 256 columns are unpacked into a tile in the first level of the cache.
+
+template <class Arch, class F>
+struct Tile {
+    static constexpr int kSubs = kTileColumns / F::kSub;
+    alignas(64) std::uint8_t weights[kTileColumns / kStep][64];  // [step][4 x row + column in the step]
+    // Of super-blocks the integer scales, whose sums of products are multiplied with the factors; of blocks just the scales.
+    std::conditional_t<F::kSuperBlock, typename Arch::Scale, typename Arch::Floats> scales[kSubs];
+    typename Arch::Floats factors;
+    typename Arch::Floats minimums[kSubs];  // times the sums of the activations
+
+    void unpack(const std::uint8_t* group, int blocks);
+};
+
+template <class Arch, class F>
+inline void Tile<Arch, F>::unpack(const std::uint8_t* group, int blocks) {
+    constexpr int kSteps = F::kSub / kStep;
+    for (int b = 0; b < blocks; b++, group += F::kBytes * kGroupRows) {
+        prefetch_block<F>(group);
+        for_constants<F::kSpans>([&](auto span) {
+            F::template span<Arch>(group, span, [&](auto i, auto step, auto bytes) { Arch::store(weights[(b + F::sub(span, i)) * kSteps + step], bytes); });
+        });
+        if constexpr (F::kSuperBlock) {
+            SubScales sub_scales;
+            F::sub_scales(group, sub_scales);
+            factors = Arch::from_halves(group + F::kFactors);
+            const auto of_minimums = minimum_factors<Arch, F>(group, factors);
+            for (int sub = 0; sub < kSubs; sub++) {
+                scales[sub] = Arch::make_scale(sub_scales.scales + kGroupRows * sub, factors);
+                if constexpr (kUsesSums<Arch, F>) {
+                    minimums[sub] = Arch::multiply(Arch::from_bytes(minimums_of_sub<F>(sub_scales, sub)), of_minimums);
+                }
+            }
+        } else {
+            scales[b] = F::template scales<Arch>(group);
+            if constexpr (kUsesSums<Arch, F>) {
+                minimums[b] = block_minimums<Arch, F>(group, scales[b]);
+            }
+        }
+    }
+}
+
+// The products of `Steps` steps with each token.
+template <class Arch, class F, int Steps, int Tokens>
+[[gnu::always_inline]] inline void sum_products(const std::uint8_t (*weights)[64], const TileRows<Tokens>& rows, int column, typename Arch::Sums (&sums)[Tokens]) {
+    for_constants<Steps>([&](auto step) {
+        const auto bytes = Arch::load(weights[step]);
+        for_constants<Tokens>([&](auto t) {
+            const std::int8_t* values = rows.values[t] + column + step * kStep;
+            if constexpr (step == 0) {
+                sums[t] = Arch::template first_sums<F>(bytes, values);
+            } else {
+                Arch::template add_products<F>(sums[t], bytes, values);
+            }
+        });
+    });
+}
+
+template <class Arch, class F, int Tokens>
+inline void add_tile(const Tile<Arch, F>& tile, int blocks, const TileRows<Tokens>& rows, float (*totals)[kGroupRows]) {
+    constexpr int kSteps = F::kSub / kStep;
+    constexpr int kStepsOfSums = Arch::template steps_of_sums<F>();
+    constexpr int kRuns = kSteps / kStepsOfSums;
+    typename Arch::Sums sums[Tokens];
+    typename Arch::Floats total[Tokens];
+    if constexpr (F::kSuperBlock) {
+        typename Arch::Scaled products[Tokens];
+        for_constants<Tokens>([&](auto t) { products[t] = Arch::zero_scaled(); });
+        for (int sub = 0; sub < Tile<Arch, F>::kSubs; sub++) {
+            const auto scale = tile.scales[sub];
+            for_constants<kRuns>([&](auto run) {
+                constexpr int kFirst = run * kStepsOfSums;
+                sum_products<Arch, F, kStepsOfSums>(tile.weights + sub * kSteps + kFirst, rows, sub * F::kSub + kFirst * kStep, sums);
+                for_constants<Tokens>([&](auto t) { Arch::add_scaled(products[t], sums[t], scale); });
+            });
+        }
+        for_constants<Tokens>([&](auto t) { total[t] = Arch::total(products[t], tile.factors); });
+        if constexpr (kUsesSums<Arch, F>) {
+            for (int sub = 0; sub < Tile<Arch, F>::kSubs; sub++) {
+                for_constants<Tokens>([&](auto t) { total[t] = Arch::fma(tile.minimums[sub], Arch::broadcast(rows.sums[t][sub]), total[t]); });
+            }
+        }
+        for_constants<Tokens>([&](auto t) {
+            Arch::store(totals[t], Arch::fma(total[t], Arch::broadcast(*rows.scales[t]), Arch::load_floats(totals[t])));
+        });
+    } else {
+        for_constants<Tokens>([&](auto t) { total[t] = Arch::load_floats(totals[t]); });
+        for (int b = 0; b < blocks; b++) {
+            typename Arch::Ints products[Tokens];
+            for_constants<kRuns>([&](auto run) {
+                constexpr int kFirst = run * kStepsOfSums;
+                sum_products<Arch, F, kStepsOfSums>(tile.weights + b * kSteps + kFirst, rows, b * F::kSub + kFirst * kStep, sums);
+                for_constants<Tokens>([&](auto t) {
+                    const auto ints = Arch::to_ints(sums[t]);
+                    if constexpr (run == 0) {
+                        products[t] = ints;
+                    } else {
+                        products[t] = Arch::add(products[t], ints);
+                    }
+                });
+            });
+            for_constants<Tokens>([&](auto t) {
+                total[t] = Arch::fma(Arch::to_floats(products[t]), Arch::multiply(tile.scales[b], Arch::broadcast(rows.scales[t][b])), total[t]);
+                if constexpr (kUsesSums<Arch, F>) {
+                    total[t] = Arch::fma(tile.minimums[b], Arch::broadcast(rows.sums[t][b]), total[t]);
+                }
+            });
+        }
+        for_constants<Tokens>([&](auto t) { Arch::store(totals[t], total[t]); });
+    }
+}
+
+template <class Arch, class F, int Tokens>
+inline void add_floats(const std::uint8_t* group, std::int64_t k, const float* const* values, float (*totals)[kGroupRows]) {
+    typename Arch::Floats total[Tokens];
+    for_constants<Tokens>([&](auto t) { total[t] = Arch::load_floats(totals[t]); });
+    for (std::int64_t column = 0; column < k; column++, group += 2 * kGroupRows) {
+        const auto weights = F::template weights<Arch>(group);
+        for_constants<Tokens>([&](auto t) { total[t] = Arch::fma(weights, Arch::broadcast(values[t][column]), total[t]); });
+    }
+    for_constants<Tokens>([&](auto t) { Arch::store(totals[t], total[t]); });
+}
 
 template <class Arch, class F>
 void add_tokens(const std::uint8_t* group, const ActivationRows& activations, const std::int32_t* rows, int tokens, Totals& totals) {
     const std::int64_t k = activations.k;
     if constexpr (F::kSub == 0) {
-        for_tokens(tokens, [&](int first, auto count) {
+        for_tokens<Arch::kTokensAtOnce>(tokens, [&](int first, auto count) {
             const float* values[count];
             for (int t = 0; t < count; t++) {
                 values[t] = activations.floats + rows[first + t] * k;
             }
-            Arch::template add_floats<F, count>(group, k, values, totals + first);
+            add_floats<Arch, F, count>(group, k, values, totals + first);
         });
     } else {
-        constexpr int kBlock = F::kSuperBlock ? 256 : 32;
-        Tile tile;
+        Tile<Arch, F> tile;
         for (std::int64_t column = 0; column < k; column += kTileColumns) {
             const int columns = static_cast<int>(std::min<std::int64_t>(kTileColumns, k - column));
-            const int blocks = columns / kBlock;
-            F::template unpack<Arch>(group, blocks, tile);
+            const int blocks = columns / (F::kSuperBlock ? 256 : 32);
+            tile.unpack(group, blocks);
             group += blocks * F::kBytes * kGroupRows;
-            for_tokens(tokens, [&](int first, auto count) {
+            for_tokens<Arch::kTokensAtOnce>(tokens, [&](int first, auto count) {
                 TileRows<count> tile_rows;
                 for (int t = 0; t < count; t++) {
-                    const std::int64_t from = rows[first + t] * k + column;
-                    tile_rows.values[t] = activations.values + from;
-                    if constexpr (F::kSuperBlock) {
-                        tile_rows.scales[t] = activations.scales + from / 256;
-                        tile_rows.sums[t] = activations.sums + from / 16;
-                    } else {
-                        tile_rows.scales[t] = activations.scales + from / 32;
-                        tile_rows.scaled_sums[t] = activations.scaled_sums + from / 32;
-                    }
+                    tile_rows.set(t, F(), activations, rows[first + t], column);
                 }
-                if constexpr (F::kSuperBlock) {
-                    Arch::template add_super_block<F, count>(tile, tile_rows, totals + first);
-                } else {
-                    Arch::template add_blocks<F, count>(tile, blocks, tile_rows, totals + first);
-                }
+                add_tile<Arch, F, count>(tile, blocks, tile_rows, totals + first);
             });
         }
     }
@@ -88,6 +339,10 @@ void add_tokens(const std::uint8_t* group, const ActivationRows& activations, co
 
 template <class Arch, class F>
 void multiply_group(const std::uint8_t* group, const ActivationRows& activations, const std::int32_t* rows, float* const* outputs, int tokens) {
+    if (tokens == 1) {
+        Arch::store(outputs[0], multiply_row<Arch, F>(group, activations, rows[0]));
+        return;
+    }
     for (int first = 0; first < tokens; first += kTokensOfTile) {
         const int count = std::min(kTokensOfTile, tokens - first);
         alignas(64) Totals totals;
