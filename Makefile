@@ -123,12 +123,14 @@ check-stubs: setup ## compare llama_moe/_core.pyi with the built module
 docs: setup ## the documentation as a site, in build/site; any warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# The peers: llama.cpp's own programs, from the same objects, and llama-cpp-python, built from the same sources.
-bench: setup ## benchmarks against llama.cpp and llama-cpp-python; BENCH=benchmarks/test_speed.py for one of them, BENCH_ARGS for pytest
+# The peers: llama.cpp's own programs, from the same objects, llama-cpp-python, built from the same sources, and for test_experts.py
+# ik_llama.cpp, which takes 20 minutes of a core once; without it the benchmarks run and say so.
+bench: setup ## benchmarks against llama.cpp and its like; BENCH=benchmarks/test_speed.py for one of them, BENCH_ARGS for pytest
 	@$(CMAKE) -S . -B $(BUILD) -DLLAMA_MOE_BENCH_PEERS=ON
-	@$(CMAKE) --build $(BUILD) --target llama-bench llama-batched-bench llama-server
+	@$(CMAKE) --build $(BUILD) --target llama-bench llama-batched-bench llama-server int8-peak
 	@CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_PROJECT_ggml_INCLUDE=$(abspath third_party/no_amx.cmake)" $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-build-isolation \
 	  --config-settings=build-dir=$(BUILD) --editable '.[bench]'
+	$(if $(filter benchmarks benchmarks/ benchmarks/test_experts.py%,$(BENCH)),@-$(BIN)/python benchmarks/peers/ik_llama_cpp_build.py)
 	$(BIN)/python -m pytest $(BENCH) --benchmark-only $(BENCH_ARGS)
 
 sdist: setup ## the source distribution, with llama.cpp's sources in it

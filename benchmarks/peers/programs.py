@@ -33,25 +33,52 @@ def llama_bench_rates(model: Path, *, threads: int, prompt: int = 0, tokens: int
         prompt: tokens of the prompt test; 0 for none.
         tokens: tokens of the generation test; 0 for none. Exactly one of both is given.
     """
-    return float(_llama_bench(model, threads=threads, prompt=prompt, tokens=tokens)["avg_ts"])
+    return float(_llama_bench(model, threads=threads, prompt=prompt, tokens=tokens)[0]["avg_ts"])
 
 
-def llama_bench_load_seconds(model: Path, *, threads: int) -> float:
+def llama_bench_prompt_and_decode_rates(model: Path, *, threads: int, prompt: int, tokens: int, repack: bool) -> tuple[float, float]:
+    """As `llama_bench_rates()`, of a prompt and of tokens after an empty context, with the model loaded once.
+
+    Args:
+        model: the GGUF file.
+        threads: CPU threads.
+        prompt: tokens of the prompt test.
+        tokens: tokens of the generation test.
+        repack: whether weights are repacked at load, which is the default.
+    """
+    results = _llama_bench(model, threads=threads, prompt=prompt, tokens=tokens, extra=["--repack", str(int(repack))])
+    return float(results[0]["avg_ts"]), float(results[1]["avg_ts"])
+
+
+def llama_bench_load_seconds(model: Path, *, threads: int, repack: bool = True) -> float:
     """Seconds llama-bench takes to load a model and make a context: its run time less one token and a run without a model."""
     begin = time.perf_counter()
-    result = _llama_bench(model, threads=threads, tokens=1, extra=["--no-warmup"])
+    result = _llama_bench(model, threads=threads, tokens=1, extra=["--no-warmup", "--repack", str(int(repack))])[0]
     whole = time.perf_counter() - begin
     begin = time.perf_counter()
     subprocess.run([program("llama-bench"), "--list-devices"], check=True, capture_output=True)
     return whole - (time.perf_counter() - begin) - float(result["avg_ns"]) / 1e9
 
 
-def _llama_bench(model: Path, *, threads: int, prompt: int = 0, tokens: int = 0, extra: list[str] | None = None) -> dict[str, Any]:
+def _llama_bench(model: Path, *, threads: int, prompt: int = 0, tokens: int = 0, extra: list[str] | None = None) -> list[dict[str, Any]]:
     command = [program("llama-bench"), "-m", model, "-t", threads, "-p", prompt, "-n", tokens, "-r", 1, "-o", "json", *(extra or [])]
-    return _json_lines(command, lines=False)[0]
+    return _json_lines(command, lines=False)
 
 
-def batched_bench_rate(model: Path, *, threads: int, streams: int, prompt: int, tokens: int, context_size: int) -> float:
+def llama_bench_command(model: Path, *, threads: int, repack: bool) -> list[str]:
+    """A run of llama-bench that does little but load the model."""
+    command = [program("llama-bench"), "-m", model, "-t", threads, "-p", 0, "-n", 1, "-r", 1, "--no-warmup", "--repack", int(repack)]
+    return [str(part) for part in command]
+
+
+def int8_peak(threads: int) -> dict[str, Any]:
+    """How fast the machine multiplies 8-bit numbers at best, {"operations_per_second", "instruction"}; see `benchmarks/int8_peak.cpp`."""
+    return _json_lines([_ROOT / "build" / "dev" / "bin" / "int8-peak", threads])[0]
+
+
+def batched_bench_rate(
+    model: Path, *, threads: int, streams: int, prompt: int, tokens: int, context_size: int, repack: bool = True
+) -> float:
     """Tokens per second of all sequences together in llama-batched-bench's generation phase, its S_TG.
 
     It decodes `tokens` times one random token of each sequence, after prompts of random tokens. It neither samples nor makes text.
@@ -63,9 +90,10 @@ def batched_bench_rate(model: Path, *, threads: int, streams: int, prompt: int, 
         prompt: tokens of each prompt.
         tokens: tokens generated for each.
         context_size: tokens that fit each sequence's KV cache.
+        repack: whether weights are repacked at load, which is the default.
     """
     command = [program("llama-batched-bench"), "-m", model, "-t", threads, "-tb", threads, "-c", streams * context_size, "--no-kv-unified"]
-    command += ["-npp", prompt, "-ntg", tokens, "-npl", streams, "--output-format", "jsonl"]
+    command += ["-npp", prompt, "-ntg", tokens, "-npl", streams, "--output-format", "jsonl", *([] if repack else ["--no-repack"])]
     return float(_json_lines(command)[0]["speed_tg"])
 
 
