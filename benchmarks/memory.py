@@ -41,7 +41,7 @@ def footprint_of(command: Sequence[str]) -> Footprint:
         process = subprocess.Popen(command, stdout=output, stderr=errors)
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
+            fields = _fields(status)
             if "VmHWM" in fields:  # else it has just ended
                 peak, own = max(peak, _bytes(fields["VmHWM"])), max(own, _bytes(fields["RssAnon"]))
             time.sleep(_PROBE_SECONDS)
@@ -50,6 +50,15 @@ def footprint_of(command: Sequence[str]) -> Footprint:
         if process.returncode:
             raise RuntimeError(f"{command[0]} ended with {process.returncode}:\n{errors.read()[-2000:]}")
         return Footprint(peak, own, output.read())
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now, pages of mapped files among it."""
+    return _bytes(_fields(Path("/proc/self/status"))["VmRSS"])
+
+
+def _fields(status: Path) -> dict[str, str]:
+    return dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
 
 
 def _bytes(field: str) -> int:

@@ -35,7 +35,7 @@ class IkLlamaCpp:
 
     Attributes:
         load_seconds: what loading the model and making a context took.
-        peak_bytes: the most memory that the process had at once until then.
+        peak_bytes: the most memory that the process had at once until then, less what it had before.
     """
 
     def __init__(self, model: Path, *, threads: int, context_size: int, repack: bool) -> None:

@@ -170,9 +170,10 @@ def main() -> None:
     silent = ctypes.CFUNCTYPE(None, _INT, ctypes.c_char_p, _POINTER)(lambda *_: None)
     library.llama_log_set(ctypes.cast(silent, _POINTER), None)
     library.llama_backend_init()
+    before = peak_bytes()
     begin = time.perf_counter()
     computation = Computation(library, model, threads=int(threads), context_size=int(context_size), repack=repack == "1")
-    _answer({"load_seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes()})
+    _answer({"load_seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes() - before})
     for line in sys.stdin:
         request = json.loads(line)
         if "prompt" in request:
