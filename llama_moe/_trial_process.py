@@ -38,6 +38,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             threads=options.threads,
             threads_batch=options.threads_batch,
             repack=options.repack,
+            expert_kernels=options.expert_kernels,
             host_memory=options.host_memory,
             devices=task["devices"],
             lora=[LoraAdapter(**adapter) for adapter in task["lora"]],

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from typing import Literal, TypeAlias
 
     from .lora import LoraLike
-    from .model import DevicesLike, HostMemory, StrPath
+    from .model import DevicesLike, ExpertKernels, HostMemory, StrPath
     from .placement import PlacementLike
 
     ProfileLike: TypeAlias = Literal["auto", "none"] | StrPath | None
@@ -27,6 +27,7 @@ class Tunable(NamedTuple):
     threads: int | Default[int | None] | None
     threads_batch: int | Default[int | None] | None
     repack: bool | Default[bool]
+    expert_kernels: ExpertKernels | Default[ExpertKernels]
     host_memory: HostMemory | Default[HostMemory]
 
 
@@ -38,6 +39,7 @@ class Chosen(NamedTuple):
     threads: int | None
     threads_batch: int | None
     repack: bool
+    expert_kernels: ExpertKernels
     host_memory: HostMemory
 
 

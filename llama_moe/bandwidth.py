@@ -23,6 +23,7 @@ from .build import build_info
 from .devices import chosen_accelerators
 from .devices import devices as all_devices
 from .errors import InvalidOptionError
+from .model import model_options
 
 if TYPE_CHECKING:
     import os
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
     from .devices import Device
     from .inspection import ModelInfo
-    from .model import DevicesLike
+    from .model import DevicesLike, ExpertKernels
 
 _LOG = logging.getLogger("llama_moe")
 # Of the file of measurements: raise it when what is measured, or how, changes.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,8 @@ class DeviceRates:
         device: llama.cpp's name of it, such as "CPU" or "CUDA0".
         hardware: the model of the processor, or the endpoint of an RPC worker.
         threads: CPU threads that computed, or fed the device.
-        repack: whether host weights were in llama.cpp's repacked layouts; of no meaning for an accelerator.
+        layout: how host weights lay, and so what computed with them: "packed" for this package's expert kernels, "repacked" in llama.cpp's
+            layouts, or "plain" as in the file; each as far as it has one for a type. Of no meaning for an accelerator.
         products: bytes of weights per second in a matrix-vector product, by ggml type such as "Q4_K", then by the length of a row. Without
             what the device cannot compute.
         expert_products: the same with some of many experts used.
@@ -65,7 +67,7 @@ class DeviceRates:
     device: str
     hardware: str = ""
     threads: int = 0
-    repack: bool = True
+    layout: str = "plain"
     products: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     expert_products: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     any_product: float | None = None
@@ -225,7 +227,8 @@ def bandwidths(
     products: Iterable[ProductKind] = (),
     devices: DevicesLike | None = None,
     threads: int | None = None,
-    repack: bool | None = None,
+    repack: bool = True,
+    expert_kernels: ExpertKernels = "auto",
     disk: str | os.PathLike[str] | None = None,
     measure_again: bool = False,
     keep_disturbed: bool = False,
@@ -241,8 +244,8 @@ def bandwidths(
         products: more of them.
         devices: accelerators besides the CPU; None: all there are.
         threads: CPU threads; None: one for each usable core, as an engine's default.
-        repack: whether host weights are in llama.cpp's repacked layouts; None: as a load with these devices would have them. A GPU's
-            pinned host memory makes llama.cpp leave them as they are.
+        repack: as for `load`: with that and what follows, host weights lie as a load with these devices would have them.
+        expert_kernels: as for `load`.
         disk: a file of some MiB, such as the model: how fast the disk under it is read.
         measure_again: measure everything that is asked for, though it was measured before.
         keep_disturbed: keep also what was measured while other programs computed: for a machine that is never quiet.
@@ -261,12 +264,11 @@ def bandwidths(
         raise InvalidOptionError(f"threads is {threads}; it must be 1 or more")
     known = all_devices()
     accelerators = [device.name for device in chosen_accelerators(devices)]
-    if repack is None:
-        repack = not _core.host_weights_are_plain(accelerators)
+    layout = _core.weight_layout(model_options(devices=accelerators, repack=repack, expert_kernels=expert_kernels))
     store = _Store(forget=measure_again, keep_disturbed=keep_disturbed)
     result: dict[str, DeviceRates] = {}
     for device in [*(d for d in known if d.kind == "cpu"), *(d for d in known if d.name in accelerators)]:
-        rates = DeviceRates(device=device.name, hardware=device.description, threads=threads or _core.usable_cores(), repack=repack)
+        rates = DeviceRates(device=device.name, hardware=device.description, threads=threads or _core.usable_cores(), layout=layout)
         result[device.name] = store.device(device, rates, wanted)
     return Bandwidths(machine=machine_id(), cpu=cpu_name(), devices=result, disk=None if disk is None else store.disk(Path(disk)))
 
@@ -281,7 +283,7 @@ class _Store:
         self._keep_disturbed = keep_disturbed
 
     def device(self, device: Device, rates: DeviceRates, wanted: set[ProductKind]) -> DeviceRates:
-        layout = ("repacked" if rates.repack else "plain") if device.kind == "cpu" else device.backend
+        layout = rates.layout if device.kind == "cpu" else device.backend
         key = f"{device.name if device.kind == 'cpu' else device.description}; {rates.threads} threads; {layout}"
         held = {} if self._forget else self._read("devices", key)
         if held.get("llama_cpp") != self._commit:
@@ -290,7 +292,7 @@ class _Store:
         missing = sorted(wanted - set(known))
         if not held or missing:
             kinds = [(kind.type, kind.columns, kind.experts) for kind in missing]
-            measured = _core.measure_products(device.name, rates.threads, rates.repack, kinds)
+            measured = _core.measure_products(device.name, rates.threads, rates.layout, kinds)
             known |= dict(zip(missing, measured.bytes_per_second, strict=True))
             disturbed = measured.disturbed
             if not held:

@@ -116,6 +116,7 @@ class BenchmarkReport:
         micro_batch_size: most tokens computed at once.
         host_memory: how host memory held weights.
         repack: whether llama.cpp could rearrange weights for the CPU.
+        expert_kernels: what computed with weights in host memory, as it was asked for.
         notes: what a reader must know about the figures.
     """
 
@@ -130,6 +131,7 @@ class BenchmarkReport:
     micro_batch_size: int
     host_memory: str
     repack: bool
+    expert_kernels: str
     notes: tuple[str, ...]
 
     @property
@@ -151,6 +153,7 @@ class BenchmarkReport:
             "micro_batch_size": self.micro_batch_size,
             "host_memory": self.host_memory,
             "repack": self.repack,
+            "expert_kernels": self.expert_kernels,
             "notes": list(self.notes),
         }
 
@@ -267,6 +270,7 @@ class BenchmarkReport:
             "micro_batch_size": self.micro_batch_size,
             "host_memory": self.host_memory,
             "repack": self.repack,
+            "expert_kernels": self.expert_kernels,
             "accelerators": ", ".join(device.name for device in self.accelerators),
             "cpu": self.machine["cpu"],
             "version": self.build["version"],

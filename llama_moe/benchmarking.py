@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .devices import Device
     from .inspection import ModelInfo
     from .lora import LoraLike
-    from .model import DevicesLike, HostMemory, StrPath
+    from .model import DevicesLike, ExpertKernels, HostMemory, StrPath
     from .placement import ExpertPlacement, PlacementLike
 
 __all__ = ["benchmark", "bytes_on"]
@@ -53,6 +53,7 @@ def benchmark(
     devices: DevicesLike | None = None,
     host_memory: HostMemory = "mmap",
     repack: bool = True,
+    expert_kernels: ExpertKernels = "auto",
     lora: LoraLike = (),
     quality: str | None = None,
     quality_tokens: int | None = 1024,
@@ -80,6 +81,7 @@ def benchmark(
         devices: as for `load()`.
         host_memory: as for `load()`.
         repack: as for `load()`.
+        expert_kernels: as for `load()`.
         lora: as for `load()`; with `against`, for both files.
         quality: a text to read under each placement, as `compare()` does it; the first row that could be loaded is the reference.
         quality_tokens: how much of the text to use; None: all.
@@ -101,7 +103,13 @@ def benchmark(
         raise InvalidOptionError("placements is empty; it must have one placement or more")
     session = _Session(
         accelerators=found,
-        model_options={"devices": devices, "host_memory": host_memory, "repack": repack, "lora": lora},
+        model_options={
+            "devices": devices,
+            "host_memory": host_memory,
+            "repack": repack,
+            "expert_kernels": expert_kernels,
+            "lora": lora,
+        },
         engine_options={
             "context_size": context,
             "micro_batch_size": micro_batch_size,
@@ -129,6 +137,7 @@ def benchmark(
         micro_batch_size=micro_batch_size,
         host_memory=host_memory,
         repack=repack,
+        expert_kernels=expert_kernels,
         notes=(*_notes(rows, files, found), *(f"with the LoRA adapter {each.path} x {each.scale:g}" for each in as_adapters(lora))),
     )
 

@@ -11,6 +11,6 @@ def build_info() -> dict[str, str]:
     Returns:
         "version" of llama_moe, "llama_cpp_commit", "llama_cpp_version", "compiler", "backends", "linkage" (how they are there: "static", in
         the module, or "dynamic", loaded as libraries), "cpu_variant" (of the loaded CPU backend, such as "haswell"; empty for a static
-        one) and "cpu_features" (the instruction sets that it uses).
+        one), "cpu_features" (the instruction sets that it uses) and "expert_kernels" (those of llama_moe's own kernels).
     """
     return _core.build_info()

@@ -159,6 +159,7 @@ def _build_rows(build: Mapping[str, str]) -> list[tuple[str, str]]:
         ("backends", f"{build['backends']} ({build['linkage']})"),
         ("CPU variant", linked_in),
         ("CPU features", build["cpu_features"]),
+        ("expert kernels", build["expert_kernels"]),
     ]
 
 

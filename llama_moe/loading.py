@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ._tunable import ProfileLike
     from .lora import LoraLike
-    from .model import DevicesLike, HostMemory, StrPath
+    from .model import DevicesLike, ExpertKernels, HostMemory, StrPath
     from .placement import PlacementLike
     from .speculative import Speculative
 
@@ -42,6 +42,7 @@ def load(
     gpu_layers: int | Literal["all"] = "all",
     host_memory: HostMemory | Default[HostMemory] = Default("mmap"),
     repack: bool | Default[bool] = Default(True),
+    expert_kernels: ExpertKernels | Default[ExpertKernels] = Default("auto"),
     check_tensors: bool = False,
     lora: LoraLike = (),
     profile: ProfileLike = None,
@@ -53,20 +54,20 @@ def load(
     the engine takes. A `path` that is no file of this machine may be a file of the Hugging Face hub, as "owner/repository/file.gguf": it is
     fetched as `pull()` does, unless the cache has it.
 
-    With `profile="auto"`, those of `experts`, `micro_batch_size`, `threads`, `threads_batch`, `repack` and `host_memory` that are not given
-    are what `tune()` found best for this model, machine, `lora`, `context_size` and `max_sequences`. The log says what was used, or that
-    there is no such profile and the defaults are. It can also be the path of a profile, which must be of this model, and "none", the same
-    as None.
+    With `profile="auto"`, those of `experts`, `micro_batch_size`, `threads`, `threads_batch`, `repack`, `expert_kernels` and `host_memory`
+    that are not given are what `tune()` found best for this model, machine, `lora`, `context_size` and `max_sequences`. The log says what
+    was used, or that there is no such profile and the defaults are. It can also be the path of a profile, which must be of this model, and
+    "none", the same as None.
 
     Example:
         with llama_moe.load("model.gguf", experts="cpu") as llm:
             print(llm.generate("Hello", SamplingParams(max_tokens=16)))
     """
     path = file_of_this_machine(path)
-    experts, micro_batch_size, threads, threads_batch, repack, host_memory = with_profile(
+    experts, micro_batch_size, threads, threads_batch, repack, expert_kernels, host_memory = with_profile(
         profile,
         path,
-        Tunable(experts, micro_batch_size, threads, threads_batch, repack, host_memory),
+        Tunable(experts, micro_batch_size, threads, threads_batch, repack, expert_kernels, host_memory),
         devices=devices,
         context_size=context_size,
         max_sequences=max_sequences,
@@ -93,6 +94,7 @@ def load(
         gpu_layers=gpu_layers,
         host_memory=host_memory,
         repack=repack,
+        expert_kernels=expert_kernels,
         check_tensors=check_tensors,
         lora=lora,
         fit_for=engine_options,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     StrPath: TypeAlias = str | os.PathLike[str]
     DevicesLike: TypeAlias = Sequence[Device | str] | Device | str
     HostMemory: TypeAlias = Literal["mmap", "pageable", "pinned", "locked"]
+    ExpertKernels: TypeAlias = Literal["auto", "llama_moe", "ggml"]
 
 
 class Model:
@@ -51,6 +52,10 @@ class Model:
             "pinned": into memory that a GPU can read directly; "locked": mapped, and kept from being swapped out.
         repack: let llama.cpp rearrange weights on the CPU for its vector kernels. Quicker at single tokens, and slower at long prompts for
             the experts of many models; it costs a copy in memory.
+        expert_kernels: what computes with quantised weights in host memory. "ggml": ggml's CPU backend; "llama_moe": this package's own
+            kernels, for which weights are packed as they are read; "auto": its own where they are made for the processor, `repack` allows
+            it, the packed copy fits into memory, and no GPU is there to compute long prompts with those weights. The log says which, and
+            why.
         check_tensors: look for invalid values while loading; slow.
         lora: LoRA adapters to load beside the weights, each on its weight's device: `LoraAdapter` objects or paths. They hold for all that
             is computed with the model.
@@ -76,6 +81,7 @@ class Model:
         gpu_layers: int | Literal["all"] = "all",
         host_memory: HostMemory = "mmap",
         repack: bool = True,
+        expert_kernels: ExpertKernels = "auto",
         check_tensors: bool = False,
         lora: LoraLike = (),
         fit_context_tokens: int = 512,
@@ -86,6 +92,7 @@ class Model:
             gpu_layers=gpu_layers,
             host_memory=host_memory,
             repack=repack,
+            expert_kernels=expert_kernels,
             check_tensors=check_tensors,
             lora=lora,
             fit_for=fill_context(_core.EngineOptions(), context_size=fit_context_tokens),
@@ -105,6 +112,7 @@ class Model:
         gpu_layers: int | Literal["all"] = "all",
         host_memory: HostMemory = "mmap",
         repack: bool = True,
+        expert_kernels: ExpertKernels = "auto",
         check_tensors: bool = False,
         lora: LoraLike = (),
         fit_context_tokens: int = 512,
@@ -126,6 +134,7 @@ class Model:
             gpu_layers=gpu_layers,
             host_memory=host_memory,
             repack=repack,
+            expert_kernels=expert_kernels,
             check_tensors=check_tensors,
             lora=lora,
             fit_context_tokens=fit_context_tokens,
@@ -238,6 +247,11 @@ class Model:
         """The Jinja template of its chat format, if the file has one."""
         return self._native.chat_template
 
+    @property
+    def expert_kernels(self) -> Literal["llama_moe", "ggml"]:
+        """What computes with its quantised weights in host memory."""
+        return "llama_moe" if self._native.expert_kernels == "llama_moe" else "ggml"
+
     def chat_format(self, template: str | None = None) -> ChatTemplate:
         """What turns conversations into prompts and answers into messages; `Engine.chat` uses it.
 
@@ -314,6 +328,7 @@ def model_options(
     gpu_layers: int | Literal["all"] = "all",
     host_memory: HostMemory = "mmap",
     repack: bool = True,
+    expert_kernels: ExpertKernels = "auto",
     check_tensors: bool = False,
     lora: LoraLike = (),
     fit_for: _core.EngineOptions | None = None,
@@ -331,6 +346,7 @@ def model_options(
             "gpu_layers": -1 if gpu_layers == "all" else gpu_layers,
             "host_memory": host_memory,
             "repack": repack,
+            "expert_kernels": expert_kernels,
             "check_tensors": check_tensors,
             "lora": [adapter._to_native() for adapter in as_adapters(lora)],
             "fit_for": fit_for or _core.EngineOptions(),

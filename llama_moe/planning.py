@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .bandwidth import Bandwidths, DeviceRates
     from .lora import LoraLike
     from .memory import MemoryReportDict, MemoryRow
-    from .model import HostMemory, StrPath
+    from .model import ExpertKernels, HostMemory, StrPath
     from .placement import PlacementLike
     from .prediction import PlacedTensor, Prediction
     from .speculative import Speculative
@@ -94,6 +94,7 @@ class Plan:
         layer_devices: the device of each layer and, last, of the output.
         host_memory: how host memory would hold weights.
         repack: whether llama.cpp may rearrange weights on the CPU.
+        expert_kernels: what would compute with weights in host memory, as it was asked for.
     """
 
     info: ModelInfo
@@ -107,6 +108,7 @@ class Plan:
     layer_devices: tuple[str, ...]
     host_memory: HostMemory
     repack: bool
+    expert_kernels: ExpertKernels
     _layers: tuple[int | None, ...]
     _specs: tuple[DeviceSpec, ...]
     _adapters: tuple[ModelInfo, ...]
@@ -141,7 +143,7 @@ class Plan:
 
         described = {spec.name for spec in self._specs}
         # With a GPU's pinned memory, or over a mapping beside it, llama.cpp leaves host weights as they are.
-        repack = False if described or not self.repack else None
+        repack = self.repack and not described
         reads_disk = self.host_bytes > self.capacity["CPU"] and os.path.exists(self.info.path)  # noqa: PTH110 - it may be a URL
         adapters = self._adapter_tensors(self._weights())
         return bandwidths(
@@ -149,6 +151,7 @@ class Plan:
             products=[ProductKind(each.type, each.shape[0], each.role == "experts") for each in adapters if each.role != "embedding"],
             devices=[device for device in self.capacity if device not in described and device != "CPU"],
             repack=repack,
+            expert_kernels=self.expert_kernels if repack else "auto",
             disk=self.info.path if reads_disk else None,
         )
 
@@ -249,6 +252,7 @@ def plan(
     gpu_layers: int | Literal["all"] = "all",
     host_memory: HostMemory = "mmap",
     repack: bool = True,
+    expert_kernels: ExpertKernels = "auto",
     lora: LoraLike = (),
 ) -> Plan:
     """Says what `load` with the same arguments would take, without reading weights or allocating memory.
@@ -276,6 +280,7 @@ def plan(
             memory that cannot be dropped, and "locked" keeps the mapping from being dropped. A "pinned" or "locked" that cannot be is
             refused.
         repack: as for `load`.
+        expert_kernels: as for `load`.
         lora: as for `load`. The adapters must be files of this machine, and count in the plan and in predicted speeds.
 
     Returns:
@@ -309,6 +314,7 @@ def plan(
         gpu_layers=gpu_layers,
         host_memory=host_memory,
         repack=repack,
+        expert_kernels=expert_kernels,
         lora=lora,
         fit_for=engine,
     )
@@ -334,6 +340,7 @@ def plan(
         layer_devices=tuple(native.layer_devices),
         host_memory=host_memory,
         repack=repack,
+        expert_kernels=expert_kernels,
         _layers=tuple(layer if layer >= 0 else None for layer in native.tensor_layers),
         _specs=specs,
         _adapters=adapters,

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from .devices import Device
     from .inspection import ModelInfo
     from .lora import LoraLike
-    from .model import DevicesLike, HostMemory, StrPath
+    from .model import DevicesLike, ExpertKernels, HostMemory, StrPath
 
 Objective = Literal["decode", "prompt", "mixed"]
 
 _LOG = logging.getLogger("llama_moe")
-_FORMAT = 2
+_FORMAT = 3
 _HOST_MEMORY = ("mmap", "pageable", "pinned", "locked")
+_EXPERT_KERNELS = ("auto", "llama_moe", "ggml")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,7 @@ class TunedOptions:
         threads: as for `load()`.
         threads_batch: as for `load()`.
         repack: as for `load()`.
+        expert_kernels: as for `load()`.
         host_memory: as for `load()`.
     """
 
@@ -52,6 +54,7 @@ class TunedOptions:
     threads: int | None = None
     threads_batch: int | None = None
     repack: bool = True
+    expert_kernels: ExpertKernels = "auto"
     host_memory: HostMemory = "mmap"
 
     @classmethod
@@ -69,6 +72,7 @@ class TunedOptions:
             "threads": data["threads"] is None or _is_count(data["threads"]),
             "threads_batch": data["threads_batch"] is None or _is_count(data["threads_batch"]),
             "repack": isinstance(data["repack"], bool),
+            "expert_kernels": data["expert_kernels"] in _EXPERT_KERNELS,
             "host_memory": data["host_memory"] in _HOST_MEMORY,
         }
         for name, is_fine in fine.items():
@@ -82,7 +86,7 @@ class TunedOptions:
         batch = "" if self.threads_batch is None else f", {self.threads_batch} for prompts"
         return (
             f"experts {self.experts}, micro-batches of {self.micro_batch_size}, {threads} threads{batch}, "
-            f"{'repacked' if self.repack else 'not repacked'}, {self.host_memory}"
+            f"{'repacked' if self.repack else 'not repacked'}, expert kernels {self.expert_kernels}, {self.host_memory}"
         )
 
 

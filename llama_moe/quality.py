@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Self
 
-    from .model import DevicesLike, HostMemory, StrPath
+    from .model import DevicesLike, ExpertKernels, HostMemory, StrPath
     from .placement import PlacementLike
 
 _CHUNK_TOKENS = 128
@@ -108,6 +108,7 @@ def compare(
     devices: DevicesLike | None = None,
     host_memory: HostMemory = "mmap",
     repack: bool = True,
+    expert_kernels: ExpertKernels = "auto",
     on_progress: Callable[[str], object] | None = None,
 ) -> QualityReport:
     """Compares what a model predicts under several placements, or with its quantisation in another file, position by position of a text.
@@ -127,6 +128,7 @@ def compare(
         devices: as for `Model`.
         host_memory: as for `Model`.
         repack: as for `Model`.
+        expert_kernels: as for `Model`.
         on_progress: called with what is done next.
 
     Raises:
@@ -146,7 +148,13 @@ def compare(
                     on_progress(f"{name}: reading the text with {file}")
                 policy = parse_placement(placement)
                 with Model(
-                    file, experts=policy, devices=devices, host_memory=host_memory, repack=repack, fit_context_tokens=window
+                    file,
+                    experts=policy,
+                    devices=devices,
+                    host_memory=host_memory,
+                    repack=repack,
+                    expert_kernels=expert_kernels,
+                    fit_context_tokens=window,
                 ) as model:
                     rows.append(QualityRow(str(file), name, meter.measure(model)))
     return QualityReport(tuple(rows))

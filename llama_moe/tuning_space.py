@@ -59,12 +59,17 @@ class Space:
         decode: Objective = "mixed" if of_all == "mixed" else "decode"
         prompt: Objective = "mixed" if of_all == "mixed" else "prompt"
         return [
-            (of_all, lambda best: [replace(best, repack=not best.repack)]),
+            (of_all, self._layouts),
             (of_all, self._host_memories),
             (decode, self._threads),
             (prompt, self._batch_threads),
             (prompt, self._micro_batches),
         ]
+
+    def _layouts(self, best: TunedOptions) -> list[TunedOptions]:
+        # How weights lie in host memory, and with that what computes with them.
+        layouts = [replace(best, repack=True, expert_kernels="auto"), replace(best, repack=True, expert_kernels="ggml")]
+        return [each for each in (*layouts, replace(best, repack=False, expert_kernels="auto")) if each != best]
 
     def _host_memories(self, best: TunedOptions) -> list[TunedOptions]:
         local = any(device.backend != "RPC" for device in self._accelerators)

@@ -22,26 +22,24 @@ void bind_bandwidth(py::module_& m) {
         .def_readonly("bytes_read", &DiskRate::bytes_read);
     m.def(
         "measure_products",
-        [](const std::string& device, int threads, bool repack, const std::vector<std::tuple<std::string, std::int64_t, bool>>& kinds) {
+        [](const std::string& device, int threads, const std::string& layout, const std::vector<std::tuple<std::string, std::int64_t, bool>>& kinds) {
             std::vector<ProductKind> products;
             for (const auto& [type, columns, experts] : kinds) {
                 products.push_back({type, columns, experts});
             }
-            return without_gil([&] { return measure_products({device, threads, repack}, products, poll_signals()); });
+            return without_gil([&] { return measure_products({device, threads, layout}, products, poll_signals()); });
         },
-        py::arg("device"), py::arg("threads"), py::arg("repack"), py::arg("kinds"));
+        py::arg("device"), py::arg("threads"), py::arg("layout"), py::arg("kinds"));
     m.def(
         "measure_device",
         [](const std::string& device, int threads) {
-            return without_gil([&] { return measure_device({device, threads, true}, poll_signals()); });
+            return without_gil([&] { return measure_device({device, threads, "plain"}, poll_signals()); });
         },
         py::arg("device"), py::arg("threads"));
     m.def("measure_disk", [](const std::string& path) { return without_gil([&] { return measure_disk(path, poll_signals()); }); },
           py::arg("path"));
     m.def(
-        "host_weights_are_plain",
-        [](const std::vector<std::string>& devices) { return without_gil([&] { return host_weights_are_plain(devices); }); },
-        py::arg("devices"));
+        "weight_layout", [](const ModelOptions& options) { return without_gil([&] { return weight_layout(options); }); }, py::arg("options"));
 }
 
 }  // namespace llama_moe::bindings

@@ -58,6 +58,7 @@ void bind_model(py::module_& m) {
         .def_property_readonly("bos_token", [](const ModelHandle& model) { return model->bos_token(); })
         .def_property_readonly("eos_token", [](const ModelHandle& model) { return model->eos_token(); })
         .def_property_readonly("chat_template", [](const ModelHandle& model) { return model->chat_template(); })
+        .def_property_readonly("expert_kernels", [](const ModelHandle& model) { return model->expert_kernels(); })
         .def("memory", [](const ModelHandle& model) { return to_tuples(model->memory()); })
         .def(
             "tokenize",

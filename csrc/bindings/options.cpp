@@ -44,6 +44,7 @@ void bind_options(py::module_& m) {
         .def_readwrite("gpu_layers", &ModelOptions::gpu_layers)
         .def_readwrite("host_memory", &ModelOptions::host_memory)
         .def_readwrite("repack", &ModelOptions::repack)
+        .def_readwrite("expert_kernels", &ModelOptions::expert_kernels)
         .def_readwrite("check_tensors", &ModelOptions::check_tensors)
         .def_readwrite("lora", &ModelOptions::lora)
         .def_readwrite("fit_for", &ModelOptions::fit_for);

@@ -16,7 +16,7 @@ from .console import EXIT_FAILURE, check_one_of, exit_codes, note, text_of
 from .loading import add_workers, choose_lora
 
 if TYPE_CHECKING:
-    from llama_moe.model import HostMemory
+    from llama_moe.model import ExpertKernels, HostMemory
 
 
 @exit_codes()
@@ -51,6 +51,7 @@ def bench(
         str, typer.Option("--host-memory", metavar="MODE", help="How host memory holds weights: mmap, pageable, pinned or locked.")
     ] = "mmap",
     repack: options.Repack = True,
+    expert_kernels: options.ExpertKernels = "auto",
     rpc: options.Rpc = None,
     lora: options.Lora = None,
     quality: Annotated[
@@ -87,6 +88,7 @@ def bench(
         threads_batch=threads_batch,
         host_memory=cast("HostMemory", host_memory),
         repack=repack,
+        expert_kernels=cast("ExpertKernels", expert_kernels),
         lora=choose_lora(lora),
         quality=text,
         quality_tokens=1024 if quality_tokens is None else quality_tokens,

@@ -52,6 +52,7 @@ def chat(
     draft_model: options.DraftModel = None,
     threads: options.Threads = None,
     repack: options.TunableRepack = None,
+    expert_kernels: options.TunableExpertKernels = None,
     profile: options.Profile = None,
     lora: options.Lora = None,
     history: Annotated[bool, typer.Option("--history/--no-history", help="Keep what is typed, for the arrow keys of later chats.")] = True,
@@ -73,6 +74,7 @@ def chat(
         draft_model=draft_model,
         threads=threads,
         repack=repack,
+        expert_kernels=expert_kernels,
         profile=profile,
         lora=lora,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import llama_moe
 from llama_moe import ExpertPlacement, LoraAdapter, Model, Speculative
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from llama_moe import Device, Engine
+    from llama_moe.model import ExpertKernels
 
 
 def choose_placement(*, cpu_moe: bool, n_cpu_moe: int | None, experts_on: Sequence[str] | None = None) -> ExpertPlacement:
@@ -61,6 +62,7 @@ def opening(
     draft_model: Path | None,
     threads: int | None,
     repack: bool | None,
+    expert_kernels: str | None,
     profile: str | None,
     lora: Sequence[str] | None,
 ) -> contextlib.AbstractContextManager[Engine]:
@@ -74,12 +76,13 @@ def opening(
     @contextlib.contextmanager
     def opened() -> Iterator[Engine]:
         path = model_file(model)
+        kernels = cast("ExpertKernels | None", expert_kernels)
         add_workers(rpc)
         with contextlib.ExitStack() as stack:
             speculative = Speculative.lookup() if lookup else None
             if draft_model is not None:
                 with progress("Loading the draft model") as on_progress:
-                    draft = Model(draft_model, repack=repack is not False, on_progress=on_progress)
+                    draft = Model(draft_model, repack=repack is not False, expert_kernels=kernels or "auto", on_progress=on_progress)
                 speculative = Speculative.draft(stack.enter_context(draft))
             with progress("Loading") as on_progress:
                 engine = llama_moe.load(
@@ -89,6 +92,7 @@ def opening(
                     threads=Default(None) if threads is None else threads,
                     speculative=speculative,
                     repack=Default(True) if repack is None else repack,
+                    expert_kernels=kernels or Default("auto"),
                     profile=profile,
                     lora=choose_lora(lora),
                     on_progress=on_progress,

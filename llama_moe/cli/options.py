@@ -24,6 +24,13 @@ Repack = Annotated[bool, typer.Option("--repack/--no-repack", help="Let llama.cp
 TunableRepack = Annotated[
     bool | None, typer.Option("--repack/--no-repack", help="Let llama.cpp rearrange weights for the CPU. Default: it may.")
 ]
+ExpertKernels = Annotated[
+    str, typer.Option("--expert-kernels", metavar="KIND", help="What computes with weights in host memory: auto, llama_moe or ggml.")
+]
+TunableExpertKernels = Annotated[
+    str | None,
+    typer.Option("--expert-kernels", metavar="KIND", help="What computes with weights in host memory: auto (default), llama_moe or ggml."),
+]
 Profile = Annotated[
     str | None,
     typer.Option("--profile", metavar="FILE", help="Fill what is not given from this profile; 'auto': what `llama-moe tune` kept."),

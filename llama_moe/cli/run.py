@@ -43,6 +43,7 @@ def run(
     draft_model: options.DraftModel = None,
     threads: options.Threads = None,
     repack: options.TunableRepack = None,
+    expert_kernels: options.TunableExpertKernels = None,
     profile: options.Profile = None,
     lora: options.Lora = None,
     memory: options.Memory = False,
@@ -63,6 +64,7 @@ def run(
         draft_model=draft_model,
         threads=threads,
         repack=repack,
+        expert_kernels=expert_kernels,
         profile=profile,
         lora=lora,
     )

@@ -6,7 +6,7 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -16,6 +16,9 @@ from . import options
 from .console import check_one_of, exit_codes, text_of
 from .loading import choose_lora, choose_placement
 from .pull import model_file
+
+if TYPE_CHECKING:
+    from llama_moe.model import ExpertKernels
 
 # What the page, Prometheus and load balancers ask for again and again.
 _POLLED = ("/v1/placement", "/v1/models", "/metrics", "/health")
@@ -74,6 +77,7 @@ def serve(
     ] = None,
     kv_type: options.KvType = "f16",
     repack: options.TunableRepack = None,
+    expert_kernels: options.TunableExpertKernels = None,
     profile: options.Profile = None,
     rpc: options.Rpc = None,
     lora: options.Lora = None,
@@ -121,6 +125,7 @@ def serve(
             micro_batch_size=micro_batch,
             kv_type=kv_type,
             repack=repack,
+            expert_kernels=cast("ExpertKernels | None", expert_kernels),
             profile=profile,
             rpc=rpc or [],
             lora=choose_lora(lora),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llama_moe import CacheSimulation, Engine, RoutingTrace
+    from llama_moe.model import ExpertKernels
     from llama_moe.routing_cache import CachePolicy
 
 _POLICIES: tuple[CachePolicy, ...] = ("lru", "lfu", "static")
@@ -47,6 +48,7 @@ def trace(
     context_size: options.ContextSize = 4096,
     threads: options.Threads = None,
     repack: options.Repack = True,
+    expert_kernels: options.ExpertKernels = "auto",
     cache_slots: Annotated[
         list[int] | None,
         typer.Option(
@@ -77,7 +79,14 @@ def trace(
     with (
         progress("Loading") as on_progress,
         llama_moe.load(
-            model, experts=experts, context_size=context_size, threads=threads, repack=repack, lora=adapters, on_progress=on_progress
+            model,
+            experts=experts,
+            context_size=context_size,
+            threads=threads,
+            repack=repack,
+            expert_kernels=cast("ExpertKernels", expert_kernels),
+            lora=adapters,
+            on_progress=on_progress,
         ) as engine,
     ):
         with engine.trace_routing(choices=bool(cache_slots) or save is not None) as routing:

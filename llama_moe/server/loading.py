@@ -41,7 +41,10 @@ def _speculative(settings: ServerSettings) -> Speculative | None:
     if settings.draft == "lookup":
         return Speculative.lookup()
     # Only the engine keeps it, and it goes with that.
-    return Speculative.draft(Model(settings.draft, devices=settings.devices, repack=settings.repack is not False))
+    draft = Model(
+        settings.draft, devices=settings.devices, repack=settings.repack is not False, expert_kernels=settings.expert_kernels or "auto"
+    )
+    return Speculative.draft(draft)
 
 
 def _placement(settings: ServerSettings, path: Path) -> PlacementLike:
@@ -69,7 +72,7 @@ def _planned_options(settings: ServerSettings, path: Path) -> dict[str, Any]:
         "devices": settings.devices,
         "lora": settings.lora,
     }
-    for name in ("micro_batch_size", "host_memory", "repack"):
+    for name in ("micro_batch_size", "host_memory", "repack", "expert_kernels"):
         if getattr(settings, name) is not None:
             options[name] = getattr(settings, name)
     return options

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llama_moe.lora import LoraLike
-    from llama_moe.model import DevicesLike, HostMemory, StrPath
+    from llama_moe.model import DevicesLike, ExpertKernels, HostMemory, StrPath
     from llama_moe.placement import PlacementLike
 
 DEFAULT_BIND = "127.0.0.1:11435"
@@ -48,6 +48,7 @@ class ServerSettings:
         kv_type: number format of the KV cache.
         host_memory: how host memory holds weights, as for `llama_moe.load`; None: its default.
         repack: whether llama.cpp may rearrange weights for the CPU; None: the default of `llama_moe.load`.
+        expert_kernels: what computes with weights in host memory, as for `llama_moe.load`; None: its default.
         devices: accelerators to use; None: all there are.
         profile: as for `llama_moe.load`.
         rpc: "host:port" of workers whose devices are used too.
@@ -84,6 +85,7 @@ class ServerSettings:
     kv_type: str = "f16"
     host_memory: HostMemory | None = None
     repack: bool | None = None
+    expert_kernels: ExpertKernels | None = None
     devices: DevicesLike | None = None
     profile: StrPath | Literal["auto", "none"] | None = None
     rpc: Sequence[str] = ()

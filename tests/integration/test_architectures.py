@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from llama_moe import Context, Device, Engine, ExpertPlacement, Model, Placement
 from llama_moe.errors import PlacementError
 from llama_moe.model import resolve_placement
 from tests.support.tiny_models import ARCHITECTURES, MODELS, TinyModel
+
+if TYPE_CHECKING:
+    from llama_moe.model import ExpertKernels
 
 PROMPT = "The experts of the router, and those of the attention"
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
@@ -49,8 +53,10 @@ class Outcome:
     tokens: tuple[int, ...]
 
 
-def compute(path: Path, experts: ExpertPlacement, *, devices: list[str] | None, repack: bool) -> Outcome:
-    with Model(path, experts=experts, devices=devices, repack=repack) as model:
+def compute(
+    path: Path, experts: ExpertPlacement, *, devices: list[str] | None, repack: bool, expert_kernels: ExpertKernels = "auto"
+) -> Outcome:
+    with Model(path, experts=experts, devices=devices, repack=repack, expert_kernels=expert_kernels) as model:
         with Engine(model, context_size=256, threads=1) as engine:
             tokens = engine.generate(PROMPT, GREEDY).tokens
         with Context(model, context_size=256, threads=1) as context:
@@ -96,21 +102,27 @@ def test_computes_the_same_under_every_placement(
     np.testing.assert_allclose(placed.step_logits, reference.step_logits, rtol=0, atol=TOLERANCE)
 
 
+# Of most tokens: for some, a different rounding can choose another expert. ggml's kernels round activations alike in all layouts; ours keep
+# the scale of a block in 32 bits, ggml's in 16.
+@pytest.mark.parametrize(("expert_kernels", "most"), [("ggml", 0.05), ("llama_moe", 0.2)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_repacked_experts_compute_the_same_but_for_rounding(name: str, tiny_model: Callable[[str], Path], accelerator: Device) -> None:
+def test_rearranged_experts_compute_the_same_but_for_rounding(
+    name: str, expert_kernels: ExpertKernels, most: float, tiny_model: Callable[[str], Path], accelerator: Device
+) -> None:
     outcomes = [
-        compute(tiny_model(name), placement(MODELS[name]), devices=[accelerator.name], repack=True) for placement in PLACEMENTS.values()
+        compute(tiny_model(name), placement(MODELS[name]), devices=[accelerator.name], repack=True, expert_kernels=expert_kernels)
+        for placement in PLACEMENTS.values()
     ]
     for outcome in outcomes[1:]:
         difference = np.abs(outcome.prompt_logits - outcomes[0].prompt_logits).max(axis=1)
-        # Of most tokens: for some, a different rounding can choose another expert.
-        assert np.median(difference) < 0.05
+        assert np.median(difference) < most
 
 
+@pytest.mark.parametrize("expert_kernels", ["ggml", "llama_moe"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_cpu_alone_can_repack_and_compute_it(name: str, tiny_model: Callable[[str], Path]) -> None:
+def test_the_cpu_alone_can_rearrange_and_compute_it(name: str, expert_kernels: ExpertKernels, tiny_model: Callable[[str], Path]) -> None:
     # Not compared: a different rounding can choose other experts, and the weights of these models are random.
-    outcome = compute(tiny_model(name), ExpertPlacement.gpu(), devices=[], repack=True)
+    outcome = compute(tiny_model(name), ExpertPlacement.gpu(), devices=[], repack=True, expert_kernels=expert_kernels)
     assert np.isfinite(outcome.prompt_logits).all()
     assert len(outcome.tokens) == GREEDY.max_tokens
 

@@ -42,7 +42,7 @@ def test_a_cpu_is_measured() -> None:
     assert list(result.devices) == ["CPU"]
     assert (result.machine, result.disk) == (machine_id(), None)
     cpu = result.devices["CPU"]
-    assert (cpu.threads, cpu.repack, cpu.any_product) == (1, True, None)
+    assert (cpu.threads, cpu.layout, cpu.any_product) == (1, "packed", None)
     assert {name: set(lengths) for name, lengths in cpu.products.items()} == {"Q4_K": {512}, "Q4_1": {96}}
     assert {name: set(lengths) for name, lengths in cpu.expert_products.items()} == {"Q6_K": {512}}
     rates = [cpu.product("Q4_K", 512), cpu.product("Q4_1", 96), cpu.product("Q6_K", 512, experts=True), cpu.memory, cpu.attention]
@@ -75,11 +75,11 @@ def test_an_accelerator_is_measured_and_kept_by_what_it_is(accelerator: Device, 
 
 def test_every_number_format_of_weights_can_be_measured() -> None:
     with pytest.raises(InvalidOptionError) as refusal:
-        _core.measure_products("CPU", 1, True, [("", 256, False)])
+        _core.measure_products("CPU", 1, "repacked", [("", 256, False)])
     names = str(refusal.value).partition("there are: ")[2].split(", ")
     assert {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ2_XXS", "IQ4_XS", "MXFP4"} <= set(names)
     kinds = [(name, 256, number % 2 == 0) for number, name in enumerate(names)]
-    rates = _core.measure_products("CPU", 1, True, kinds).bytes_per_second
+    rates = _core.measure_products("CPU", 1, "repacked", kinds).bytes_per_second
     assert len(rates) == len(kinds)
     assert all(SLOWEST < rate < FASTEST for rate in rates)
 
@@ -120,18 +120,20 @@ def test_a_corrupted_file_is_replaced(data: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING, "llama_moe"):
         measured()
     assert "is measured again" in caplog.text
-    assert list(json.loads(data.read_text())["devices"]) == ["CPU; 1 threads; repacked"]
+    assert list(json.loads(data.read_text())["devices"]) == ["CPU; 1 threads; packed"]
     assert list(data.parent.iterdir()) == [data]
 
 
 def test_threads_and_layouts_are_kept_apart(data: Path) -> None:
-    for threads, repack in ((1, True), (2, True), (1, False)):
-        cpu = measured(threads=threads, repack=repack).devices["CPU"]
-        assert (cpu.threads, cpu.repack) == (threads, repack)
+    ways: dict[str, dict[str, Any]] = {"packed": {}, "repacked": {"expert_kernels": "ggml"}, "plain": {"repack": False}}
+    for threads, layout in ((1, "packed"), (2, "packed"), (1, "repacked"), (1, "plain")):
+        cpu = measured(threads=threads, **ways[layout]).devices["CPU"]
+        assert (cpu.threads, cpu.layout) == (threads, layout)
     assert sorted(json.loads(data.read_text())["devices"]) == [
+        "CPU; 1 threads; packed",
         "CPU; 1 threads; plain",
         "CPU; 1 threads; repacked",
-        "CPU; 2 threads; repacked",
+        "CPU; 2 threads; packed",
     ]
 
 
@@ -249,7 +251,7 @@ except llama_moe.errors.LlamaMoeError as error:
 
 def test_ctrl_c_stops_it() -> None:
     kinds = [("F32", 256, False)] * 1000
-    stops_at_ctrl_c(lambda: _core.measure_products("CPU", 1, True, kinds))
+    stops_at_ctrl_c(lambda: _core.measure_products("CPU", 1, "repacked", kinds))
 
 
 def test_importing_measures_nothing(tmp_path: Path, data: Path) -> None:

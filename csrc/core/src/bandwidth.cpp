@@ -16,6 +16,7 @@
 
 #include "accelerators.h"
 #include "backend.h"
+#include "expert_kernels.h"
 #include "failed_devices.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -23,6 +24,7 @@
 #include "ggml.h"
 #include "llama_moe/device.h"
 #include "llama_moe/error.h"
+#include "llama_moe/expert_backend.h"
 #include "llama_moe/model.h"
 #include "native_thread.h"
 #include "worker_graphs.h"
@@ -150,14 +152,17 @@ ggml_backend_ptr start(ggml_backend_dev_t device, int threads) {
     return backend;
 }
 
-// The backends of a device and of the CPU, which are the same one for the CPU.
+// The backends of a device and of the CPU, which are the same one for the CPU; there our expert backend stands before it.
 struct Backends {
     ggml_backend_ptr cpu;
     ggml_backend_ptr device;
+    ggml_backend_ptr experts;
 
     Backends(ggml_backend_dev_t measured, int threads) : cpu(start(cpu_device(), threads)) {
         if (measured != cpu_device()) {
             device = start(measured, threads);
+        } else {
+            experts = start(experts::expert_device(), threads);
         }
     }
     ggml_backend_t get() const { return device ? device.get() : cpu.get(); }
@@ -172,6 +177,9 @@ class Graph {
         std::vector<ggml_backend_t> list;
         if (backends.device) {
             list.push_back(backends.device.get());
+        }
+        if (backends.experts) {
+            list.push_back(backends.experts.get());
         }
         list.push_back(backends.cpu.get());
         scheduler_.reset(ggml_backend_sched_new(list.data(), nullptr, static_cast<int>(list.size()), tensors_, false, true));
@@ -242,12 +250,15 @@ auto with(std::unique_ptr<Made> made, Use use) {
 // ---- weights
 
 // Where llama.cpp would put weights of the host, in the order of its make_cpu_buft_list (llama-model.cpp), or of the device.
-std::vector<std::pair<ggml_backend_dev_t, ggml_backend_buffer_type_t>> weight_buffer_types(ggml_backend_dev_t device, bool repack) {
+std::vector<std::pair<ggml_backend_dev_t, ggml_backend_buffer_type_t>> weight_buffer_types(ggml_backend_dev_t device, const std::string& layout) {
     if (device != cpu_device()) {
         return {{device, ggml_backend_dev_buffer_type(device)}};
     }
     std::vector<std::pair<ggml_backend_dev_t, ggml_backend_buffer_type_t>> result;
-    if (repack) {
+    if (layout == "packed") {
+        result.emplace_back(experts::expert_device(), experts::expert_buffer_type());
+    }
+    if (layout != "plain") {
         auto extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
             ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
         for (ggml_backend_buffer_type_t* type = extra ? extra(device) : nullptr; type != nullptr && *type != nullptr; type++) {
@@ -380,8 +391,8 @@ struct Rig {
     bool is_cpu() const { return device == cpu_device(); }
 };
 
-double product_rate(const Product& product, Rig& rig, bool repack, const Stop& stop) {
-    for (const auto& [owner, type] : weight_buffer_types(rig.device, repack)) {
+double product_rate(const Product& product, Rig& rig, const std::string& layout, const Stop& stop) {
+    for (const auto& [owner, type] : weight_buffer_types(rig.device, layout)) {
         if (is_supported(product, owner, type)) {
             ggml_backend_buffer_t buffer = rig.memory.get(type);
             // An accelerator is given much at once, because starting it takes long.
@@ -621,6 +632,9 @@ void RateOptions::validate() const {
     if (threads < 0 || threads > 512) {  // GGML_MAX_N_THREADS
         throw InvalidOptionError("threads is " + std::to_string(threads) + "; it must be 0 (one per core) to 512");
     }
+    if (layout != "packed" && layout != "repacked" && layout != "plain") {
+        throw InvalidOptionError("layout is '" + layout + "'; it must be one of packed, repacked, plain");
+    }
 }
 
 ProductRates measure_products(const RateOptions& options, const std::vector<ProductKind>& kinds, const Poll& poll) {
@@ -634,7 +648,7 @@ ProductRates measure_products(const RateOptions& options, const std::vector<Prod
             ProductRates rates;
             for (const auto& product : products) {
                 check_stop(stop);
-                rates.bytes_per_second.push_back(product_rate(product, rig, completed.repack, stop));
+                rates.bytes_per_second.push_back(product_rate(product, rig, completed.layout, stop));
             }
             return rates;
         });
@@ -662,11 +676,13 @@ DeviceRates measure_device(const RateOptions& options, const Poll& poll) {
     });
 }
 
-bool host_weights_are_plain(const std::vector<std::string>& devices) {
+std::string weight_layout(const ModelOptions& options) {
     start_backend();
-    ModelOptions options;
-    options.devices = devices;
-    return Accelerators(options).offer_pinned_memory();
+    const Accelerators accelerators(options);
+    if (choose_kernels(options, {}, accelerators).packed) {
+        return "packed";
+    }
+    return options.repack && !accelerators.offer_pinned_memory() ? "repacked" : "plain";
 }
 
 }  // namespace llama_moe

@@ -13,6 +13,7 @@
 #include "llama.h"
 #include "log.h"
 #include "llama_moe/error.h"
+#include "llama_moe/expert_backend.h"
 #include "llama_moe/log.h"
 #include "llama_moe/process.h"
 #include "native_thread.h"
@@ -66,7 +67,9 @@ Device describe(ggml_backend_dev_t device) {
 std::vector<ggml_backend_dev_t> all_devices() {
     std::vector<ggml_backend_dev_t> result;
     for (std::size_t i = 0; i < ggml_backend_dev_count(); i++) {
-        result.push_back(ggml_backend_dev_get(i));
+        if (ggml_backend_dev_get(i) != experts::expert_device()) {  // the CPU, by another name
+            result.push_back(ggml_backend_dev_get(i));
+        }
     }
     return result;
 }
@@ -113,8 +116,9 @@ std::string device_name(ggml_backend_dev_t device) {
 
 bool is_host_buffer(ggml_backend_buffer_type_t type) {
     ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
-    // The CPU's own buffer type has no device, and its repacked ones are not "host" in ggml's sense of plain layout.
-    return device == nullptr || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU || ggml_backend_buft_is_host(type);
+    // The CPU's own buffer type has no device, and its repacked ones and ours are not "host" in ggml's sense of plain layout.
+    return device == nullptr || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU || device == experts::expert_device() ||
+           ggml_backend_buft_is_host(type);
 }
 
 std::string buffer_device(ggml_backend_buffer_type_t type) {

@@ -6,7 +6,6 @@
 #include "llama_moe/error.h"
 
 namespace llama_moe {
-namespace {
 
 std::uint64_t host_bytes(const ResolvedPlacement& placement) {
     std::uint64_t bytes = 0;
@@ -15,8 +14,6 @@ std::uint64_t host_bytes(const ResolvedPlacement& placement) {
     }
     return bytes;
 }
-
-}  // namespace
 
 void check_host_memory(const ModelOptions& options, const ResolvedPlacement& placement, const Accelerators& accelerators, std::uint64_t ram) {
     const std::uint64_t needed = host_bytes(placement);

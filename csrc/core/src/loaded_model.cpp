@@ -1,13 +1,16 @@
 #include "loaded_model.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "backend.h"
+#include "expert_kernels.h"
 #include "failed_devices.h"
 #include "ggml.h"
+#include "host_memory.h"
 #include "llama_moe/error.h"
+#include "llama_moe/expert_backend.h"
 #include "llama_moe/log.h"
-#include "machine.h"
 #include "native_thread.h"
 
 namespace llama_moe {
@@ -98,6 +101,11 @@ void load_native(LoadedModel& loaded, const GgufInfo& gguf, llama_model_params p
     loaded.worker_use = std::make_shared<WorkerUse>(loaded.devices, WorkerUse::Kind::model);
     ErrorLog errors;
     try {
+        std::optional<experts::KernelsScope> packing;
+        if (loaded.packed) {
+            register_expert_backend();
+            packing.emplace();
+        }
         std::vector<const char*> files;
         for (const auto& file : gguf.files) {
             files.push_back(file.c_str());
@@ -150,11 +158,16 @@ std::vector<llama_model_kv_override> without_vocabulary(const GgufInfo& gguf) {
     return {kind, size, llama_model_kv_override{}};
 }
 
-std::shared_ptr<LoadedModel> prepare(const GgufInfo& gguf, const ResolvedPlacement& placement, std::shared_ptr<const Accelerators> accelerators) {
+std::shared_ptr<LoadedModel> prepare(const GgufInfo& gguf, const ModelOptions& options, const ResolvedPlacement& placement, std::shared_ptr<const Accelerators> accelerators) {
     auto loaded = std::make_shared<LoadedModel>();
     loaded->accelerators = std::move(accelerators);
     loaded->host_layers = placement.host_layers;
     loaded->memory = count_memory(gguf, placement.tensors, *loaded->accelerators);
+    const KernelChoice kernels = choose_kernels(options, placement, *loaded->accelerators);
+    loaded->packed = kernels.packed;
+    if (host_bytes(placement) > 0 && !kernels.reason.empty()) {
+        log_line(LogLevel::info, std::string(kernels.packed ? "llama_moe's" : "ggml's") + " kernels for weights in host memory: " + kernels.reason);
+    }
     return loaded;
 }
 
@@ -167,7 +180,7 @@ void add_lora_memory(LoadedModel& loaded) {
 std::shared_ptr<LoadedModel> load_model(const GgufInfo& gguf, const ModelOptions& options, const ResolvedPlacement& placement,
                                         std::shared_ptr<const Accelerators> accelerators, LoadControl& control) {
     const auto loras = read_loras(gguf, options.lora);  // what is wrong with them is said before the weights are read
-    auto loaded = prepare(gguf, placement, std::move(accelerators));
+    auto loaded = prepare(gguf, options, placement, std::move(accelerators));
     load_native(*loaded, gguf, native_params(*loaded, options, placement), control);
     for (const auto& file : loras) {
         loaded->loras.load(loaded->model, file);
@@ -179,7 +192,7 @@ std::shared_ptr<LoadedModel> load_model(const GgufInfo& gguf, const ModelOptions
 
 std::shared_ptr<LoadedModel> open_dry(const GgufInfo& gguf, const ModelOptions& options, const ResolvedPlacement& placement,
                                       std::shared_ptr<const Accelerators> accelerators) {
-    auto loaded = prepare(gguf, placement, std::move(accelerators));
+    auto loaded = prepare(gguf, options, placement, std::move(accelerators));
     loaded->dry = true;
     auto params = native_params(*loaded, options, placement);
     make_dry(params, *loaded, options);

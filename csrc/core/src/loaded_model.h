@@ -43,6 +43,7 @@ struct LoadedModel {
     int layers = 0;
     std::uint64_t kv_elements_per_token = 0;  // of one layer; 0: not known exactly
     bool mapped = false;            // host weights are a mapping of the file
+    bool packed = false;            // quantised weights in host memory are packed for our kernels
     std::vector<MemoryRow> memory;  // experts, weights and adapters by device, as allocated
 };
 

@@ -154,7 +154,7 @@ LoraFile read_lora(const GgufInfo& model, const LoraOptions& options) {
 ggml_backend_buffer_type_t buffer_type_beside(const ggml_tensor* weight) {
     ggml_backend_buffer_type_t type = ggml_backend_buffer_get_type(weight->buffer);
     ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
-    const bool rearranged = device != nullptr && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU && !ggml_backend_buft_is_host(type);
+    const bool rearranged = device != nullptr && is_host_buffer(type) && !ggml_backend_buft_is_host(type);
     return rearranged ? ggml_backend_cpu_buffer_type() : type;
 }
 

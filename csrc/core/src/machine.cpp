@@ -11,6 +11,7 @@
 #include "backend_libraries.h"
 #include "ggml-backend.h"
 #include "llama.h"
+#include "llama_moe/expert_backend.h"
 #include "llama_moe/device.h"
 #include "llama_moe/process.h"
 #include "machine.h"
@@ -117,6 +118,7 @@ std::vector<std::pair<std::string, std::string>> build_info() {
         {"linkage", LLAMA_MOE_LINKAGE},
         {"cpu_variant", cpu_variant()},
         {"cpu_features", cpu_features()},
+        {"expert_kernels", experts::kernel_name()},
     };
 }
 

@@ -71,6 +71,7 @@ std::shared_ptr<Model> Model::load(const std::string& path, const ModelOptions& 
             if (const char* text = llama_model_chat_template(loaded->model, nullptr)) {
                 model.chat_template_ = text;
             }
+            model.expert_kernels_ = loaded->packed ? "llama_moe" : "ggml";
             model.loaded_ = std::move(loaded);
         },
         report, [result] { result->control.cancelled.store(true); }, chosen_accelerators(options));

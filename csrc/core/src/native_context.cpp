@@ -90,6 +90,19 @@ void check_kv_cache(const LoadedModel& model, const ContextOptions& options, con
     }
 }
 
+// How often llama.cpp counts the plain compute buffer of host memory in a dry run: once for each backend that shares it. Those are the CPU's,
+// unless it computes in a GPU's pinned memory, and accelerators of the CPU such as our expert backend.
+std::size_t sharers_of_host_buffer(const LoadedModel& model) {
+    std::size_t count = 0;
+    for (std::size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        auto* device = ggml_backend_dev_get(i);
+        const bool accelerates = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_ACCEL;
+        count += accelerates && ggml_backend_dev_buffer_type(device) == ggml_backend_cpu_buffer_type() ? 1 : 0;
+    }
+    auto* first = model.devices.front();
+    return first == nullptr || ggml_backend_dev_host_buffer_type(first) == nullptr ? count + 1 : std::max<std::size_t>(count, 1);
+}
+
 }  // namespace
 
 void ContextOptions::validate() const {
@@ -206,7 +219,9 @@ void NativeContext::truncate(int sequence, int start) {
 std::vector<BreakdownRow> NativeContext::breakdown() const {
     std::vector<BreakdownRow> rows;
     for (const auto& [type, data] : llama_get_memory_breakdown(context_)) {
-        const std::pair<const char*, std::size_t> kinds[] = {{"model", data.model}, {"context", data.context}, {"compute", data.compute}};
+        const bool shared = model_->dry && type == ggml_backend_cpu_buffer_type();
+        const std::size_t compute = shared ? data.compute / sharers_of_host_buffer(*model_) : data.compute;
+        const std::pair<const char*, std::size_t> kinds[] = {{"model", data.model}, {"context", data.context}, {"compute", compute}};
         for (const auto& [kind, bytes] : kinds) {
             if (bytes > 0) {
                 rows.push_back({ggml_backend_buft_name(type), buffer_device(type), is_host_buffer(type), kind, bytes});

@@ -259,6 +259,14 @@ void ModelOptions::validate() const {
     if (modes.count(host_memory) == 0) {
         throw InvalidOptionError("host_memory is '" + host_memory + "'; it must be one of mmap, pageable, pinned, locked");
     }
+    static const std::set<std::string> kernels = {"auto", "llama_moe", "ggml"};
+    if (kernels.count(expert_kernels) == 0) {
+        throw InvalidOptionError("expert_kernels is '" + expert_kernels + "'; it must be one of auto, llama_moe, ggml");
+    }
+    if (expert_kernels == "llama_moe" && (!repack || host_memory == "pinned" || host_memory == "locked")) {
+        throw InvalidOptionError("expert_kernels='llama_moe' packs weights, which " +
+                                 (repack ? "host_memory='" + host_memory + "'" : std::string("repack=False")) + " does not allow; use expert_kernels='auto'");
+    }
 }
 
 std::uint64_t kv_elements_per_token(const GgufInfo& gguf) {

@@ -27,8 +27,8 @@ thread_local int scopes = 0;
 
 // --- buffers ----------------------------------------------------------------------------------------------------
 
-// Weights with kernels are packed as they are written; everything else in a buffer is as ggml has it: results, and what llama.cpp puts next to
-// the weights, such as those of adapters.
+// Weights with kernels are packed as they are written; everything else in a buffer is as ggml has it: what llama.cpp puts next to the weights,
+// such as those of adapters.
 struct Buffer {
     explicit Buffer(std::size_t size) {
         const std::size_t alignment = size >= kHugePage ? kHugePage : kAlignment;
@@ -90,15 +90,18 @@ std::vector<std::uint8_t> read_groups(const ExpertWeights& weights, const Groups
     return bytes;
 }
 
-void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, std::size_t offset, std::size_t size) {
-    ExpertWeights* weights = packed_weights(tensor);
-    const Format* format = buffer->usage == GGML_BACKEND_BUFFER_USAGE_WEIGHTS ? packable(tensor) : nullptr;
-    if (!weights && format) {
-        auto made = std::make_unique<ExpertWeights>(*format, tensor->ne[0], tensor->ne[1], tensor->ne[2], static_cast<std::uint8_t*>(tensor->data));
-        tensor->extra = weights = made.get();
+ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
+    if (const Format* format = packable(tensor)) {
+        auto weights = std::make_unique<ExpertWeights>(*format, tensor->ne[0], tensor->ne[1], tensor->ne[2], static_cast<std::uint8_t*>(tensor->data));
+        tensor->extra = weights.get();
         const std::lock_guard<std::mutex> lock(buffer_of(buffer).mutex);
-        buffer_of(buffer).packed.push_back(std::move(made));
+        buffer_of(buffer).packed.push_back(std::move(weights));
     }
+    return GGML_STATUS_SUCCESS;
+}
+
+void set_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, std::size_t offset, std::size_t size) {
+    ExpertWeights* weights = packed_weights(tensor);
     if (!weights) {
         std::memcpy(static_cast<char*>(tensor->data) + offset, data, size);
         return;
@@ -141,6 +144,7 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, std::size_t 
     ggml_backend_buffer_i functions{};
     functions.free_buffer = free_buffer;
     functions.get_base = get_base;
+    functions.init_tensor = init_tensor;
     functions.memset_tensor = memset_tensor;
     functions.set_tensor = set_tensor;
     functions.get_tensor = get_tensor;
@@ -177,7 +181,7 @@ bool multiplies(const ggml_tensor* op) {
     }
     // A buffer of no size comes with the question whether weights should be here. Those that are here can always be used.
     if (weights->buffer->context == nullptr) {
-        return scopes > 0 && packable(weights) && (op->op == GGML_OP_MUL_MAT_ID || ggml_is_quantized(weights->type));
+        return packable(weights) && (op->op == GGML_OP_MUL_MAT_ID || ggml_is_quantized(weights->type));
     }
     return weights->type == GGML_TYPE_F32 || ggml_get_type_traits(weights->type)->to_float != nullptr;
 }
@@ -326,6 +330,9 @@ void get_properties(ggml_backend_dev_t device, ggml_backend_dev_props* propertie
     properties->name = ggml_backend_dev_name(device);
     properties->description = ggml_backend_dev_description(device);
     properties->type = ggml_backend_dev_type(device);
+    // llama.cpp lets several GPUs work on micro-batches side by side if all devices of a context can; this one would not be in their way.
+    properties->caps.async = true;
+    properties->caps.events = true;
 }
 
 ggml_backend_device* make_device() {
@@ -336,7 +343,9 @@ ggml_backend_device* make_device() {
     functions.get_type = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; };
     functions.get_props = get_properties;
     functions.init_backend = init_backend;
-    functions.get_buffer_type = [](ggml_backend_dev_t) { return expert_buffer_type(); };
+    // Results belong into ordinary memory, where ggml's CPU backend reads them without a copy. A load is asked to use the device for weights
+    // by another answer; with this one it leaves the device out.
+    functions.get_buffer_type = [](ggml_backend_dev_t) { return scopes > 0 ? expert_buffer_type() : ggml_backend_cpu_buffer_type(); };
     functions.supports_op = [](ggml_backend_dev_t, const ggml_tensor* op) {
         switch (op->op) {
             case GGML_OP_NONE:

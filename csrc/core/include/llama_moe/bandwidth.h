@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "llama_moe/placement.h"
 #include "llama_moe/wait.h"
 
 namespace llama_moe {
@@ -12,7 +13,9 @@ namespace llama_moe {
 struct RateOptions {
     std::string device = "CPU";
     int threads = 0;     // of the CPU backend; 0: one per usable core
-    bool repack = true;  // host weights in llama.cpp's repacked layouts, where there is one
+    // How weights lie in host memory, and so what computes with them: "packed" for our expert kernels, "repacked" in a layout of
+    // llama.cpp's, or "plain" as in the file. A type for which there is no such layout has the next of these.
+    std::string layout = "plain";
 
     void validate() const;
 };
@@ -51,7 +54,8 @@ ProductRates measure_products(const RateOptions& options, const std::vector<Prod
 DeviceRates measure_device(const RateOptions& options, const Poll& poll = {});
 DiskRate measure_disk(const std::string& path, const Poll& poll = {});
 
-// Whether host weights of a model that uses these accelerators lie in plain pinned memory, where llama.cpp does not repack them.
-bool host_weights_are_plain(const std::vector<std::string>& devices);
+// The layout of weights in host memory that are loaded with these options. An accelerator that offers pinned memory makes llama.cpp leave
+// them as they are.
+std::string weight_layout(const ModelOptions& options);
 
 }  // namespace llama_moe

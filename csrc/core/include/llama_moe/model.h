@@ -46,6 +46,7 @@ class Model {
     int bos_token() const { return bos_token_; }
     int eos_token() const { return eos_token_; }
     const std::optional<std::string>& chat_template() const { return chat_template_; }
+    const std::string& expert_kernels() const { return expert_kernels_; }
     std::vector<MemoryRow> memory() const;
 
     std::vector<std::int32_t> tokenize(const std::string& text, bool add_special, bool parse_special) const;
@@ -75,6 +76,7 @@ class Model {
     int bos_token_ = -1;
     int eos_token_ = -1;
     std::optional<std::string> chat_template_;
+    std::string expert_kernels_;  // "llama_moe" or "ggml"
 
     mutable std::mutex mutex_;  // guards what follows; never held while llama.cpp runs
     std::shared_ptr<LoadedModel> loaded_;

@@ -53,6 +53,7 @@ struct ModelOptions {
     int gpu_layers = -1;                              // layers on accelerators, the output counts as one; -1: all
     std::string host_memory = "mmap";                 // "mmap", "pageable", "pinned" or "locked"
     bool repack = true;                               // let llama.cpp rearrange CPU weights for its vector kernels
+    std::string expert_kernels = "auto";              // what computes with weights in host memory: "auto", "llama_moe" or "ggml"
     bool check_tensors = false;                       // look for NaN and invalid blocks while loading
     std::vector<LoraOptions> lora;                    // adapters to load beside the weights
     EngineOptions fit_for;                            // the engine that fit() leaves room for

@@ -8,7 +8,7 @@ namespace llama_moe::experts {
 
 // A ggml backend for weights in host memory: it keeps them packed for its own kernels and multiplies with them, experts above all.
 // ggml's CPU backend does everything else. Once registered with ggml it is a device, of type ACCEL, of every context in the process; the
-// loads that use it are those within a KernelsScope.
+// loads whose weights it takes are those within a KernelsScope.
 ggml_backend_reg_t expert_registry();
 
 // Where the weights of such a load are. `ggml_backend_buft_name` says "Experts".
