@@ -93,7 +93,7 @@ DEEPSEEK_16B = Shape(
 """DeepSeek-MoE-16B: the experts' down projections are 1408 wide, no multiple of 256, so that K-quants fall back to other formats."""
 
 PHI_35 = Shape(
-    name="phi-3.5-moe-4-layers",
+    name="phimoe-4-layers",  # of a model whose name has "phi-3" in it llama.cpp expects certain tokens
     layers=4,
     embedding=4096,
     heads=32,
