@@ -213,7 +213,7 @@ TEST_CASE("all of a processor's kernels agree with the portable ones") {
         for (const auto type : formats()) {
             const Format& format = *find_format(type);
             // An odd number of blocks, so that the last tile is not full where blocks are small.
-            const std::int64_t k = 3 * std::max<std::int64_t>(format.block, 32) + (format.block == 1 ? 1 : 0);
+            const std::int64_t k = 3 * std::max<std::int64_t>(format.block, 32) + (format.block == 16 ? 16 : 0);
             const auto bytes = quantised(type, random_floats(static_cast<std::size_t>(k * kGroupRows), 5), k);
             std::vector<std::uint8_t> packed(bytes.size());
             pack_group(format, k, bytes.data(), packed.data());

@@ -24,8 +24,8 @@ const std::vector<Format>& formats() {
         {GGML_TYPE_Q5_K, Kind::super_blocks, 256, 176, {{16, 32, 4}, {48, 128, 4}, {4, 12, 1}, {0, 4, 2}}},
         {GGML_TYPE_Q6_K, Kind::super_blocks, 256, 210, {{0, 128, 4}, {128, 64, 4}, {192, 16, 1}, {208, 2, 2}}},
         {GGML_TYPE_IQ4_XS, Kind::super_blocks, 256, 136, {{8, 128, 4}, {2, 2, 1}, {4, 4, 1}, {0, 2, 2}}},
-        {GGML_TYPE_F16, Kind::floats, 1, 2, {{0, 2, 2}}},
-        {GGML_TYPE_BF16, Kind::floats, 1, 2, {{0, 2, 2}}},
+        {GGML_TYPE_F16, Kind::floats, 16, 32, {{0, 32, 2}}},
+        {GGML_TYPE_BF16, Kind::floats, 16, 32, {{0, 32, 2}}},
     };
     return all;
 }
@@ -35,9 +35,9 @@ const std::vector<Format>& formats() {
 std::uint32_t spread_bits(std::uint32_t bits) {
     std::uint32_t spread = 0;
     for (unsigned step = 0; step < 4; step++) {
-        for (unsigned byte = 0; byte < 4; byte++) {
-            spread |= ((bits >> (4 * step + byte)) & 1) << (8 * byte + 2 * step);
-            spread |= ((bits >> (16 + 4 * step + byte)) & 1) << (8 * byte + 2 * step + 1);
+        for (unsigned half = 0; half < 2; half++) {
+            const std::uint32_t four = (bits >> (16 * half + 4 * step)) & 15;
+            spread |= ((four * 0x00204081u) & 0x01010101u) << (2 * step + half);  // copies 7 bits apart put bit b into byte b
         }
     }
     return spread;
@@ -46,28 +46,57 @@ std::uint32_t spread_bits(std::uint32_t bits) {
 std::uint32_t gather_bits(std::uint32_t spread) {
     std::uint32_t bits = 0;
     for (unsigned step = 0; step < 4; step++) {
-        for (unsigned byte = 0; byte < 4; byte++) {
-            bits |= ((spread >> (8 * byte + 2 * step)) & 1) << (4 * step + byte);
-            bits |= ((spread >> (8 * byte + 2 * step + 1)) & 1) << (16 + 4 * step + byte);
+        for (unsigned half = 0; half < 2; half++) {
+            const std::uint32_t four = ((spread >> (2 * step + half)) & 0x01010101u) * 0x01020408u >> 24;  // the same the other way round
+            bits |= four << (16 * half + 4 * step);
         }
     }
     return bits;
 }
 
-template <std::size_t Granule>
-void transpose(const std::uint8_t* from, std::size_t from_row, std::size_t from_granule, std::uint8_t* to, std::size_t to_row, std::size_t to_granule,
-               std::size_t granules) {
-    for (std::size_t i = 0; i < granules; i++) {
-        for (std::size_t row = 0; row < kGroupRows; row++) {
-            std::memcpy(to + i * to_granule + row * to_row, from + i * from_granule + row * from_row, Granule);
+// to[column][row] = from[row][column], of elements that lie next to each other in a row of either; strides are bytes. In squares of four,
+// of which compilers make shuffles of vectors.
+template <class Element>
+void transpose(const std::uint8_t* from, std::size_t from_stride, std::size_t rows, std::size_t columns, std::uint8_t* to, std::size_t to_stride) {
+    constexpr std::size_t kSize = sizeof(Element);
+    for (std::size_t row = 0; row < rows; row += 4) {
+        for (std::size_t column = 0; column < columns; column += 4) {
+            const std::size_t high = std::min<std::size_t>(4, rows - row);
+            const std::size_t wide = std::min<std::size_t>(4, columns - column);
+            const std::uint8_t* corner = from + row * from_stride + column * kSize;
+            std::uint8_t* turned = to + column * to_stride + row * kSize;
+            if (high == 4 && wide == 4) {
+                Element in[4][4];
+                for (std::size_t i = 0; i < 4; i++) {
+                    std::memcpy(in[i], corner + i * from_stride, 4 * kSize);
+                }
+                for (std::size_t i = 0; i < 4; i++) {
+                    const Element out[4] = {in[0][i], in[1][i], in[2][i], in[3][i]};
+                    std::memcpy(turned + i * to_stride, out, 4 * kSize);
+                }
+                continue;
+            }
+            for (std::size_t r = 0; r < high; r++) {
+                for (std::size_t c = 0; c < wide; c++) {
+                    std::memcpy(turned + c * to_stride + r * kSize, corner + r * from_stride + c * kSize, kSize);
+                }
+            }
         }
     }
 }
 
-void transpose(std::size_t granule, const std::uint8_t* from, std::size_t from_row, std::size_t from_granule, std::uint8_t* to, std::size_t to_row,
-               std::size_t to_granule, std::size_t granules) {
-    const auto copy = granule == 1 ? transpose<1> : granule == 2 ? transpose<2> : transpose<4>;
-    copy(from, from_row, from_granule, to, to_row, to_granule, granules);
+void transpose(std::size_t granule, const std::uint8_t* from, std::size_t from_stride, std::size_t rows, std::size_t columns, std::uint8_t* to,
+               std::size_t to_stride) {
+    const auto turn = granule == 1 ? transpose<std::uint8_t> : granule == 2 ? transpose<std::uint16_t> : transpose<std::uint32_t>;
+    turn(from, from_stride, rows, columns, to, to_stride);
+}
+
+// Asks the memory for a part of the next rows while these are packed: a group is 16 streams of short reads, too many to be guessed.
+void prefetch(const std::uint8_t* from, std::size_t bytes) {
+    constexpr std::size_t kLine = 64;
+    for (std::size_t offset = 0; offset < bytes; offset += kLine) {
+        __builtin_prefetch(from + offset);
+    }
 }
 
 template <class Reorder>
@@ -96,9 +125,10 @@ void pack_group(const Format& format, std::int64_t k, const std::uint8_t* rows, 
     const auto blocks = static_cast<std::size_t>(k / format.block);
     const std::size_t row_bytes = blocks * format.block_bytes;
     for (std::size_t b = 0; b < blocks; b++) {
+        prefetch(rows + kGroupRows * (row_bytes + b * format.block_bytes), kGroupRows * format.block_bytes);
         for (const auto& segment : format.segments) {
-            transpose(segment.granule, rows + b * format.block_bytes + segment.offset, row_bytes, segment.granule, group, segment.granule,
-                      kGroupRows * segment.granule, segment.size / segment.granule);
+            transpose(segment.granule, rows + b * format.block_bytes + segment.offset, row_bytes, kGroupRows, segment.size / segment.granule, group,
+                      kGroupRows * segment.granule);
             if (format.high_bits && segment.size == 4 && segment.granule == 4) {
                 reorder_words(group, spread_bits);
             }
@@ -119,8 +149,8 @@ void unpack_group(const Format& format, std::int64_t k, const std::uint8_t* grou
                 reorder_words(words, gather_bits);
                 from = words;
             }
-            transpose(segment.granule, from, segment.granule, kGroupRows * segment.granule, rows + b * format.block_bytes + segment.offset, row_bytes,
-                      segment.granule, segment.size / segment.granule);
+            transpose(segment.granule, from, kGroupRows * segment.granule, segment.size / segment.granule, kGroupRows,
+                      rows + b * format.block_bytes + segment.offset, row_bytes);
             group += kGroupRows * segment.size;
         }
     }
