@@ -1,7 +1,5 @@
 #include "llama_moe/expert_backend.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -13,6 +11,7 @@
 #include "expert_store.h"
 #include "ggml-backend-impl.h"
 #include "kernels.h"
+#include "mapped_file.h"
 #include "multiplication.h"
 #include "threads.h"
 
@@ -20,7 +19,6 @@ namespace llama_moe::experts {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
-constexpr std::size_t kHugePage = 2 << 20;
 constexpr const char* kName = "Experts";
 
 thread_local int scopes = 0;
@@ -31,13 +29,9 @@ thread_local int scopes = 0;
 // such as those of adapters.
 struct Buffer {
     explicit Buffer(std::size_t size) {
-        const std::size_t alignment = size >= kHugePage ? kHugePage : kAlignment;
-        memory.reset(static_cast<std::uint8_t*>(std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment)));
+        memory.reset(static_cast<std::uint8_t*>(std::aligned_alloc(kAlignment, (size + kAlignment - 1) / kAlignment * kAlignment)));
         if (!memory) {
             throw std::bad_alloc();
-        }
-        if (alignment == kHugePage) {
-            madvise(memory.get(), size, MADV_HUGEPAGE);  // weights are read from end to end: fewer pages to look up
         }
     }
 
@@ -109,6 +103,7 @@ void set_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, st
     const Groups groups(*weights, offset, size);
     if (groups.whole) {
         weights->place(groups.first_row(), groups.rows(), static_cast<const std::uint8_t*>(data));
+        release_pages(data, size);
         return;
     }
     auto bytes = read_groups(*weights, groups);
