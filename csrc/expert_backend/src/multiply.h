@@ -92,11 +92,13 @@ inline typename Arch::Floats block_minimums(const std::uint8_t* group, typename 
     }
 }
 
-// Weights are read once and in an order that hardware does not foresee. Reaching past the last ones does no harm.
-template <class F>
-inline void prefetch_block(const std::uint8_t* group) {
-    constexpr int kBytesAhead = 4096;
-    for_constants<F::kBytes * kGroupRows / 64>([&](auto line) { __builtin_prefetch(group + kBytesAhead + 64 * line); });
+// Weights are read once and in an order that hardware does not foresee. With each span, because a processor drops or delays what it is asked for
+// in one go. Reaching past the last ones does no harm.
+template <class F, class Span>
+inline void prefetch_span(const std::uint8_t* group, Span span) {
+    constexpr int kBytesAhead = 16384;
+    constexpr int kLines = (F::kBytes * kGroupRows / 64 + F::kSpans - 1) / F::kSpans;
+    for_constants<kLines>([&](auto line) { __builtin_prefetch(group + kBytesAhead + 64 * (span * kLines + line)); });
 }
 
 // One token, the way text is generated: the weights are multiplied as they are unpacked.
@@ -111,6 +113,7 @@ inline typename Arch::Floats add_super_block(const std::uint8_t* group, const Ti
     const auto factors = Arch::from_halves(group + F::kFactors);
     auto products = Arch::zero_scaled();
     for_constants<F::kSpans>([&](auto span) {
+        prefetch_span<F>(group, span);
         typename Arch::Sums sums[F::kSpanSubs][kRuns];
         typename Arch::Scale sub_scales[F::kSpanSubs];
         for_constants<F::kSpanSubs>([&](auto i) { sub_scales[i] = Arch::make_scale(scales.scales + kGroupRows * F::sub(span, i), factors); });
@@ -143,6 +146,7 @@ inline typename Arch::Floats add_block(const std::uint8_t* group, const TileRows
     constexpr int kSteps = F::kSub / kStep;
     constexpr int kStepsOfSums = Arch::template steps_of_sums<F>();
     constexpr int kRuns = kSteps / kStepsOfSums;
+    prefetch_span<F>(group, kAt<0>);
     typename Arch::Sums sums[kRuns];
     F::template span<Arch>(group, kAt<0>, [&](auto, auto step, auto weights) {
         const std::int8_t* values = row.values[0] + step * kStep;
@@ -172,7 +176,6 @@ typename Arch::Floats multiply_row(const std::uint8_t* group, const ActivationRo
     } else {
         constexpr int kBlock = F::kSuperBlock ? 256 : 32;
         for (std::int64_t column = 0; column < k; column += kBlock, group += F::kBytes * kGroupRows) {
-            prefetch_block<F>(group);
             TileRows<1> tile_row;
             tile_row.set(0, F(), activations, row, column);
             if constexpr (F::kSuperBlock) {
@@ -203,8 +206,8 @@ template <class Arch, class F>
 inline void Tile<Arch, F>::unpack(const std::uint8_t* group, int blocks) {
     constexpr int kSteps = F::kSub / kStep;
     for (int b = 0; b < blocks; b++, group += F::kBytes * kGroupRows) {
-        prefetch_block<F>(group);
         for_constants<F::kSpans>([&](auto span) {
+            prefetch_span<F>(group, span);
             F::template span<Arch>(group, span, [&](auto i, auto step, auto bytes) { Arch::store(weights[(b + F::sub(span, i)) * kSteps + step], bytes); });
         });
         if constexpr (F::kSuperBlock) {
