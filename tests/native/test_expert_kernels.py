@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import llama_moe
 from llama_moe import Context, Device, Model, SamplingParams
 from llama_moe.errors import InvalidOptionError
-from tests.support.processes import REPOSITORY
+from tests.support.processes import REPOSITORY, run_python
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0)
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attention": "off", "threads": 1, "context_size": 256}
@@ -96,6 +97,24 @@ def test_they_compute_the_experts_in_host_memory_while_a_device_has_the_rest(dem
             assert (("Experts", "model") in rows) == (kernels == "llama_moe")
     spread = logits["ggml"].std()
     assert np.median(np.abs(logits["llama_moe"] - logits["ggml"])) < 0.02 * spread
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory a process had")
+def test_a_load_needs_no_more_memory_than_the_model(demo_path: Path) -> None:
+    ran = run_python(
+        """
+        import pathlib, sys, llama_moe
+        def peak():
+            lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        before = peak()
+        with llama_moe.Model(sys.argv[1], devices=[], expert_kernels="llama_moe") as model:
+            print((peak() - before) / model.size_bytes)
+        """,
+        demo_path,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 1.15
 
 
 def test_perplexity_of_the_demo_model_is_that_of_ggml(demo_path: Path) -> None:
