@@ -86,9 +86,9 @@ def tune(
     """Tries options of `load()` in turn, and keeps the quickest as the profile that `load(..., profile="auto")` uses.
 
     What is varied: how many layers' experts are in host memory, what computes there and repacking for it, how host memory holds weights,
-    threads for single tokens and for prompts, and the micro-batch size. One option is varied at a time, from the best so far on, until a pass over all of them changes
-    nothing (coordinate descent). Then the best ones and the defaults are measured again in turn, because machines are noisy, and the
-    medians decide.
+    threads for single tokens and for prompts, and the micro-batch size. One option is varied at a time, from the best so far on, until a
+    pass over all of them changes nothing (coordinate descent). Then the best ones and the defaults are measured again in turn, because
+    machines are noisy, and the medians decide.
 
     Each trial is a process of its own, so that one that crashes or is killed loses nothing else. Finished trials are kept: a second sweep
     of the same model, use and versions goes on where an earlier one ended, also after Ctrl-C.

