@@ -1,77 +1,25 @@
-// The expert backend: every format's packing and kernels, and products through ggml's interface, against dequantised weights in double
-// precision and against ggml's CPU backend.
+// The expert backend: products through ggml's interface, against dequantised weights in double precision and against ggml's CPU backend.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <random>
 
-#include "activations.h"
 #include "expert_store.h"
+#include "expert_weights.h"
 #include "format.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "kernels.h"
 #include "llama_moe/expert_backend.h"
 #include "test_support.h"
 
 using namespace llama_moe::experts;
+using namespace test;
 
 namespace {
-
-std::vector<ggml_type> formats() {
-    std::vector<ggml_type> types;
-    for (int type = 0; type < GGML_TYPE_COUNT; type++) {
-        if (find_format(static_cast<ggml_type>(type)) != nullptr) {
-            types.push_back(static_cast<ggml_type>(type));
-        }
-    }
-    return types;
-}
-
-std::vector<float> random_floats(std::size_t count, unsigned seed, float size = 1.0f) {
-    std::mt19937 engine(seed);
-    std::normal_distribution<float> normal(0.0f, size);
-    std::vector<float> floats(count);
-    std::generate(floats.begin(), floats.end(), [&] { return normal(engine); });
-    return floats;
-}
-
-// Rows of weights in one of ggml's types.
-std::vector<std::uint8_t> quantised(ggml_type type, const std::vector<float>& floats, std::int64_t k) {
-    const auto rows = static_cast<std::int64_t>(floats.size()) / k;
-    std::vector<std::uint8_t> bytes(ggml_row_size(type, k) * static_cast<std::size_t>(rows));
-    if (type == GGML_TYPE_F32) {
-        std::memcpy(bytes.data(), floats.data(), bytes.size());
-    } else {
-        const std::vector<float> importance(static_cast<std::size_t>(k), 1.0f);
-        ggml_quantize_chunk(type, floats.data(), bytes.data(), 0, rows, k, importance.data());
-    }
-    return bytes;
-}
-
-std::vector<float> dequantised(ggml_type type, const std::vector<std::uint8_t>& bytes, std::size_t count) {
-    std::vector<float> floats(count);
-    if (type == GGML_TYPE_F32) {
-        std::memcpy(floats.data(), bytes.data(), bytes.size());
-    } else {
-        ggml_get_type_traits(type)->to_float(bytes.data(), floats.data(), static_cast<std::int64_t>(count));
-    }
-    return floats;
-}
-
-double normalised_error(const std::vector<float>& found, const std::vector<double>& exact) {
-    double error = 0;
-    double size = 0;
-    for (std::size_t i = 0; i < exact.size(); i++) {
-        error += (found[i] - exact[i]) * (found[i] - exact[i]);
-        size += exact[i] * exact[i];
-    }
-    return error / size;
-}
 
 // A product of experts: what to multiply, in the shapes that llama.cpp has.
 struct Experts {
@@ -183,104 +131,6 @@ std::string describe(const Experts& shape) {
 }
 
 }  // namespace
-
-TEST_CASE("packing moves every byte and unpacking moves it back") {
-    std::mt19937 engine(4);
-    for (const auto type : formats()) {
-        const Format& format = *find_format(type);
-        const std::int64_t k = 2 * std::max<std::int64_t>(format.block, 32);
-        std::vector<std::uint8_t> rows(ggml_row_size(type, k) * kGroupRows);
-        std::generate(rows.begin(), rows.end(), [&] { return static_cast<std::uint8_t>(engine()); });
-        std::vector<std::uint8_t> packed(rows.size());
-        std::vector<std::uint8_t> unpacked(rows.size());
-        pack_group(format, k, rows.data(), packed.data());
-        unpack_group(format, k, packed.data(), unpacked.data());
-        CHECK(packed != rows);
-        CHECK(unpacked == rows);
-        auto one = packed;
-        auto other = rows;
-        if (!format.high_bits) {
-            std::sort(one.begin(), one.end());
-            std::sort(other.begin(), other.end());
-            CHECK(one == other);
-        }
-    }
-}
-
-TEST_CASE("all of a processor's kernels agree with the portable ones") {
-    REQUIRE(std::string(usable_kernels().back().name) == "portable");
-    for (const auto& kernels : usable_kernels()) {
-        for (const auto type : formats()) {
-            const Format& format = *find_format(type);
-            // An odd number of blocks, so that the last tile is not full where blocks are small.
-            const std::int64_t k = 3 * std::max<std::int64_t>(format.block, 32) + (format.block == 16 ? 16 : 0);
-            const auto bytes = quantised(type, random_floats(static_cast<std::size_t>(k * kGroupRows), 5), k);
-            std::vector<std::uint8_t> packed(bytes.size());
-            pack_group(format, k, bytes.data(), packed.data());
-            for (const int tokens : {1, 2, 3, 4, 7, 64, 67}) {
-                const auto values = random_floats(static_cast<std::size_t>(k * tokens), 6);
-                Activations activations;
-                activations.resize(format.activations, k, tokens);
-                std::vector<std::int32_t> rows;
-                for (std::int32_t i = 0; i < tokens; i++) {
-                    activations.set_row(i, values.data() + i * k);
-                    rows.push_back(tokens - 1 - i);
-                }
-                const auto multiply = [&](const KernelSet& set) {
-                    std::vector<float> result(static_cast<std::size_t>(tokens * kGroupRows));
-                    std::vector<float*> outputs;
-                    for (int i = 0; i < tokens; i++) {
-                        outputs.push_back(result.data() + i * kGroupRows);
-                    }
-                    set.find(type)(packed.data(), activations.rows(), rows.data(), outputs.data(), tokens);
-                    return result;
-                };
-                const auto found = multiply(kernels);
-                const auto portable = multiply(usable_kernels().back());
-                const std::vector<double> expected(portable.begin(), portable.end());
-                CHECK(normalised_error(found, expected) < 1e-11);
-            }
-        }
-    }
-}
-
-TEST_CASE("the largest weights and activations do not overflow") {
-    for (const auto& kernels : usable_kernels()) {
-        for (const auto type : formats()) {
-            const Format& format = *find_format(type);
-            const std::int64_t k = 256;
-            auto bytes = quantised(type, std::vector<float>(static_cast<std::size_t>(k * kGroupRows), 1.0f), k);
-            if (type == GGML_TYPE_Q8_0) {  // no quantiser writes it, but a file may have it
-                for (std::size_t i = 0; i < bytes.size(); i++) {
-                    bytes[i] = i % 34 < 2 ? bytes[i] : 0x80;
-                }
-            }
-            const auto weights = dequantised(type, bytes, static_cast<std::size_t>(k * kGroupRows));
-            std::vector<std::uint8_t> packed(bytes.size());
-            pack_group(format, k, bytes.data(), packed.data());
-            for (const float sign : {1.0f, -1.0f}) {
-                Activations activations;
-                activations.resize(format.activations, k, 1);
-                activations.set_row(0, std::vector<float>(static_cast<std::size_t>(k), sign).data());
-                std::vector<float> result(kGroupRows);
-                float* output = result.data();
-                const std::int32_t row = 0;
-                kernels.find(type)(packed.data(), activations.rows(), &row, &output, 1);
-                std::vector<double> exact;
-                for (std::size_t r = 0; r < kGroupRows; r++) {
-                    double sum = 0;
-                    for (std::size_t j = 0; j < static_cast<std::size_t>(k); j++) {
-                        sum += sign * static_cast<double>(weights[r * static_cast<std::size_t>(k) + j]);
-                    }
-                    exact.push_back(sum);
-                }
-                if (!(normalised_error(result, exact) < 1e-6)) {
-                    test::fail(__FILE__, __LINE__, std::string(kernels.name) + " " + ggml_type_name(type));
-                }
-            }
-        }
-    }
-}
 
 TEST_CASE("products of experts are as exact as ggml's, in every format") {
     for (const auto type : formats()) {

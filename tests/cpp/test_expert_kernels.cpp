@@ -1,61 +1,133 @@
-// When a load computes with our expert kernels.
-#include "expert_kernels.h"
+// Every format's packing, and the kernels of all processors that can run here: those of this one and, in a build of tests/kernels, emulated ones.
+#include <algorithm>
+#include <cstring>
+#include <random>
+#include <string>
 
-#include "llama_moe/device.h"
-#include "llama_moe/expert_backend.h"
-#include "native_thread.h"
+#include "activations.h"
+#include "expert_weights.h"
+#include "kernels.h"
 #include "test_support.h"
 
-using namespace llama_moe;
+using namespace llama_moe::experts;
+using namespace test;
+
+#if defined(LLAMA_MOE_EMULATED_KERNELS)
+namespace llama_moe::experts {
+extern const KernelSet emulated_avx512_kernels, emulated_avx_vnni_kernels;
+}
+#endif
 
 namespace {
 
-KernelChoice choice(const ModelOptions& options, std::uint64_t host_bytes = 1 << 20) {
-    ResolvedPlacement placement;
-    placement.tensors.push_back({"blk.0.ffn_up_exps.weight", "CPU", TensorRole::experts, host_bytes});
-    KernelChoice result;
-    start_backend();
-    run_native([&] { result = choose_kernels(options, placement, Accelerators(options)); });
-    return result;
-}
-
-ModelOptions on_the_cpu() {
-    ModelOptions options;
-    options.devices.emplace();
-    return options;
-}
-
-bool made_for_this_processor() {
-    return experts::kernel_name() != "portable";
+std::vector<KernelSet> tested_kernels() {
+    std::vector<KernelSet> kernels = usable_kernels();
+#if defined(LLAMA_MOE_EMULATED_KERNELS)
+    kernels.push_back(emulated_avx512_kernels);
+    kernels.push_back(emulated_avx_vnni_kernels);
+#endif
+    return kernels;
 }
 
 }  // namespace
 
-TEST_CASE("our kernels are chosen where they are made for the processor") {
-    CHECK(choice(on_the_cpu()).packed == made_for_this_processor());
-    CHECK(test::contains(choice(on_the_cpu()).reason, made_for_this_processor() ? experts::kernel_name() : "not made for this processor"));
+TEST_CASE("packing moves every byte and unpacking moves it back") {
+    std::mt19937 engine(4);
+    for (const auto type : formats()) {
+        const Format& format = *find_format(type);
+        const std::int64_t k = 2 * std::max<std::int64_t>(format.block, 32);
+        std::vector<std::uint8_t> rows(ggml_row_size(type, k) * kGroupRows);
+        std::generate(rows.begin(), rows.end(), [&] { return static_cast<std::uint8_t>(engine()); });
+        std::vector<std::uint8_t> packed(rows.size());
+        std::vector<std::uint8_t> unpacked(rows.size());
+        pack_group(format, k, rows.data(), packed.data());
+        unpack_group(format, k, packed.data(), unpacked.data());
+        CHECK(packed != rows);
+        CHECK(unpacked == rows);
+        auto one = packed;
+        auto other = rows;
+        if (!format.high_bits) {
+            std::sort(one.begin(), one.end());
+            std::sort(other.begin(), other.end());
+            CHECK(one == other);
+        }
+    }
 }
 
-TEST_CASE("weights that a packed copy would be too large for stay as they are") {
-    const auto too_large = choice(on_the_cpu(), 1ull << 50);
-    CHECK(!too_large.packed);
-    CHECK(!made_for_this_processor() || test::contains(too_large.reason, "does not fit into the memory"));
+TEST_CASE("all of a processor's kernels agree with the portable ones") {
+    REQUIRE(std::string(usable_kernels().back().name) == "portable");
+    for (const auto& kernels : tested_kernels()) {
+        for (const auto type : formats()) {
+            const Format& format = *find_format(type);
+            // An odd number of blocks, so that the last tile is not full where blocks are small.
+            const std::int64_t k = 3 * std::max<std::int64_t>(format.block, 32) + (format.block == 16 ? 16 : 0);
+            const auto bytes = quantised(type, random_floats(static_cast<std::size_t>(k * kGroupRows), 5), k);
+            std::vector<std::uint8_t> packed(bytes.size());
+            pack_group(format, k, bytes.data(), packed.data());
+            for (const int tokens : {1, 2, 3, 4, 7, 12, 64, 67}) {
+                const auto values = random_floats(static_cast<std::size_t>(k * tokens), 6);
+                Activations activations;
+                activations.resize(format.activations, k, tokens);
+                std::vector<std::int32_t> rows;
+                for (std::int32_t i = 0; i < tokens; i++) {
+                    activations.set_row(i, values.data() + i * k);
+                    rows.push_back(tokens - 1 - i);
+                }
+                const auto multiply = [&](const KernelSet& set) {
+                    std::vector<float> result(static_cast<std::size_t>(tokens * kGroupRows));
+                    std::vector<float*> outputs;
+                    for (int i = 0; i < tokens; i++) {
+                        outputs.push_back(result.data() + i * kGroupRows);
+                    }
+                    set.find(type)(packed.data(), activations.rows(), rows.data(), outputs.data(), tokens);
+                    return result;
+                };
+                const auto found = multiply(kernels);
+                const auto portable = multiply(portable_kernels);
+                const std::vector<double> expected(portable.begin(), portable.end());
+                const double error = normalised_error(found, expected);
+                if (!(error < 1e-11)) {
+                    fail(__FILE__, __LINE__, std::string(kernels.name) + " " + ggml_type_name(type) + ": error " + show(error));
+                }
+            }
+        }
+    }
 }
 
-TEST_CASE("a GPU that computes prompts with weights of host memory finds them as the file has them") {
-    auto options = on_the_cpu();
-    options.hypothetical_devices.push_back({"GPU", 24ull << 30});
-    const auto beside_a_gpu = choice(options);
-    CHECK(!beside_a_gpu.packed);
-    CHECK(!made_for_this_processor() || test::contains(beside_a_gpu.reason, "the GPU"));
-    options.expert_kernels = "llama_moe";
-    CHECK(choice(options).packed);
-}
-
-TEST_CASE("kernels that are asked for by name are used") {
-    auto options = on_the_cpu();
-    options.expert_kernels = "ggml";
-    CHECK(!choice(options).packed);
-    options.expert_kernels = "llama_moe";
-    CHECK(choice(options, 1ull << 50).packed);
+TEST_CASE("the largest weights and activations do not overflow") {
+    for (const auto& kernels : tested_kernels()) {
+        for (const auto type : formats()) {
+            const Format& format = *find_format(type);
+            const std::int64_t k = 256;
+            auto bytes = quantised(type, std::vector<float>(static_cast<std::size_t>(k * kGroupRows), 1.0f), k);
+            if (type == GGML_TYPE_Q8_0) {  // no quantiser writes it, but a file may have it
+                for (std::size_t i = 0; i < bytes.size(); i++) {
+                    bytes[i] = i % 34 < 2 ? bytes[i] : 0x80;
+                }
+            }
+            const auto weights = dequantised(type, bytes, static_cast<std::size_t>(k * kGroupRows));
+            std::vector<std::uint8_t> packed(bytes.size());
+            pack_group(format, k, bytes.data(), packed.data());
+            for (const float sign : {1.0f, -1.0f}) {
+                Activations activations;
+                activations.resize(format.activations, k, 1);
+                activations.set_row(0, std::vector<float>(static_cast<std::size_t>(k), sign).data());
+                std::vector<float> result(kGroupRows);
+                float* output = result.data();
+                const std::int32_t row = 0;
+                kernels.find(type)(packed.data(), activations.rows(), &row, &output, 1);
+                std::vector<double> exact;
+                for (std::size_t r = 0; r < kGroupRows; r++) {
+                    double sum = 0;
+                    for (std::size_t j = 0; j < static_cast<std::size_t>(k); j++) {
+                        sum += sign * static_cast<double>(weights[r * static_cast<std::size_t>(k) + j]);
+                    }
+                    exact.push_back(sum);
+                }
+                if (!(normalised_error(result, exact) < 1e-6)) {
+                    fail(__FILE__, __LINE__, std::string(kernels.name) + " " + ggml_type_name(type));
+                }
+            }
+        }
+    }
 }

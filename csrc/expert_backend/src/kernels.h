@@ -14,16 +14,18 @@ using MultiplyGroup = void (*)(const std::uint8_t* group, const ActivationRows& 
 
 // The kernels for one kind of processor.
 struct KernelSet {
-    const char* name;  // "avx2", "portable"
+    const char* name;  // "avx512-vnni", "avx-vnni", "avx2", "neon-dotprod", "portable"
     MultiplyGroup (*find)(ggml_type type);  // null for a type without one
 };
 
 // The best for this processor first; the portable one is the last.
 const std::vector<KernelSet>& usable_kernels();
 
+// Each is there where its file is compiled (CMakeLists.txt).
 extern const KernelSet portable_kernels;
-#if defined(__x86_64__)
 extern const KernelSet avx2_kernels;
-#endif
+extern const KernelSet avx_vnni_kernels;
+extern const KernelSet avx512_kernels;
+extern const KernelSet neon_kernels;
 
 }  // namespace llama_moe::experts

@@ -194,10 +194,10 @@ template <class Arch, class F>
 struct Tile {
     static constexpr int kSubs = kTileColumns / F::kSub;
     alignas(64) std::uint8_t weights[kTileColumns / kStep][64];  // [step][4 x row + column in the step]
-    // Of super-blocks the integer scales, whose sums of products are multiplied with the factors; of blocks just the scales.
-    std::conditional_t<F::kSuperBlock, typename Arch::Scale, typename Arch::Floats> scales[kSubs];
+    typename Arch::Scale sub_scales[kSubs];  // of super-blocks: the integer ones, and what all of them are multiplied with
     typename Arch::Floats factors;
-    typename Arch::Floats minimums[kSubs];  // times the sums of the activations
+    typename Arch::Floats scales[kSubs];     // of blocks
+    typename Arch::Floats minimums[kSubs];   // times the sums of the activations
 
     void unpack(const std::uint8_t* group, int blocks);
 };
@@ -211,14 +211,14 @@ inline void Tile<Arch, F>::unpack(const std::uint8_t* group, int blocks) {
             F::template span<Arch>(group, span, [&](auto i, auto step, auto bytes) { Arch::store(weights[(b + F::sub(span, i)) * kSteps + step], bytes); });
         });
         if constexpr (F::kSuperBlock) {
-            SubScales sub_scales;
-            F::sub_scales(group, sub_scales);
+            SubScales integers;
+            F::sub_scales(group, integers);
             factors = Arch::from_halves(group + F::kFactors);
             const auto of_minimums = minimum_factors<Arch, F>(group, factors);
             for (int sub = 0; sub < kSubs; sub++) {
-                scales[sub] = Arch::make_scale(sub_scales.scales + kGroupRows * sub, factors);
+                sub_scales[sub] = Arch::make_scale(integers.scales + kGroupRows * sub, factors);
                 if constexpr (kUsesSums<Arch, F>) {
-                    minimums[sub] = Arch::multiply(Arch::from_bytes(minimums_of_sub<F>(sub_scales, sub)), of_minimums);
+                    minimums[sub] = Arch::multiply(Arch::from_bytes(minimums_of_sub<F>(integers, sub)), of_minimums);
                 }
             }
         } else {
@@ -257,7 +257,7 @@ inline void add_tile(const Tile<Arch, F>& tile, int blocks, const TileRows<Token
         typename Arch::Scaled products[Tokens];
         for_constants<Tokens>([&](auto t) { products[t] = Arch::zero_scaled(); });
         for (int sub = 0; sub < Tile<Arch, F>::kSubs; sub++) {
-            const auto scale = tile.scales[sub];
+            const auto scale = tile.sub_scales[sub];
             for_constants<kRuns>([&](auto run) {
                 constexpr int kFirst = run * kStepsOfSums;
                 sum_products<Arch, F, kStepsOfSums>(tile.weights + sub * kSteps + kFirst, rows, sub * F::kSub + kFirst * kStep, sums);

@@ -52,8 +52,21 @@ inline Word less_32(Word numbers) {
     return raised | (raised & each(32)) * 6;
 }
 
-// The values of IQ4_NL and IQ4_XS (kvalues_iq4nl), and of MXFP4 (kvalues_mxfp4) raised by 12 so that none is negative.
-constexpr std::int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+// The values of IQ4_NL and IQ4_XS (kvalues_iq4nl) raised by `Offset`, as bytes.
+template <int Offset>
+struct Iq4Values {
+    std::int8_t at[16] = {};
+    constexpr Iq4Values() {
+        constexpr int kValues[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+        for (int i = 0; i < 16; i++) {
+            at[i] = static_cast<std::int8_t>(kValues[i] + Offset);
+        }
+    }
+};
+template <int Offset>
+constexpr Iq4Values<Offset> kIq4Values{};
+
+// Those of MXFP4 (kvalues_mxfp4) raised by 12 so that none is negative.
 constexpr std::int8_t kMxfp4Values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 // Of every format:
@@ -148,8 +161,8 @@ struct Iq4Nl : Block<256> {
 
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span, Take take) {
-        const auto values = Arch::table(kIq4Values);
-        take_nibbles<Arch>(group, [&](auto step, auto nibbles) { take(kAt<0>, step, Arch::raise(Arch::look_up(values, nibbles))); });
+        const auto values = Arch::table(kIq4Values<Arch::kOffset>.at);
+        take_nibbles<Arch>(group, [&](auto step, auto nibbles) { take(kAt<0>, step, Arch::look_up(values, nibbles)); });
     }
 };
 
@@ -308,8 +321,8 @@ struct Iq4Xs {
     static constexpr int sub(int span, int) { return span; }
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span span, Take take) {
-        const auto values = Arch::table(kIq4Values);
-        take_nibbles<Arch>(group + 256 * span, [&](auto step, auto nibbles) { take(kAt<0>, step, Arch::raise(Arch::look_up(values, nibbles))); });
+        const auto values = Arch::table(kIq4Values<Arch::kOffset>.at);
+        take_nibbles<Arch>(group + 256 * span, [&](auto step, auto nibbles) { take(kAt<0>, step, Arch::look_up(values, nibbles)); });
     }
     // 6 bits each: two in the first two bytes, four in the others, as nibbles.
     static void sub_scales(const std::uint8_t* group, SubScales& to) {

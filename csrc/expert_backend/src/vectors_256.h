@@ -1,7 +1,6 @@
 #pragma once
 
-#include <immintrin.h>
-
+#include "intrinsics.h"
 #include "tile.h"
 
 namespace llama_moe::experts {
