@@ -31,7 +31,7 @@ NATIVE_SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc third_party -p
 SETUP := $(BUILD)/setup$(if $(WERROR),-werror-$(WERROR)).stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-python test-cpp test-asan test-tsan test-vulkan lint format typecheck stubs check-stubs bench sdist wheel wheel-cuda wheel-vulkan test-wheel test-wheel-cuda test-wheel-vulkan clean distclean
+.PHONY: help setup demo docs test test-python test-cpp test-kernels test-asan test-tsan test-vulkan lint format typecheck stubs check-stubs bench sdist wheel wheel-cuda wheel-vulkan test-wheel test-wheel-cuda test-wheel-vulkan clean distclean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,6 +76,20 @@ test-asan test-tsan: test-%: setup
 test-asan: ## the core's tests under the address and undefined behaviour sanitizers
 test-tsan: ## the core's tests under the thread sanitizer
 
+# Expert kernels for processors that this machine may not have: x86's with their instructions in plain C++ (SIMDe), ARM's by a cross build
+# and qemu. Compilers take minutes for the former.
+KERNEL_TEST_PACKAGES := libsimde-dev g++-aarch64-linux-gnu qemu-user
+AARCH64 := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
+  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_MOE_BUILD_PYTHON=OFF \
+  -DLLAMA_MOE_BUILD_TESTS=ON
+
+test-kernels: setup ## the expert kernels of all processors, emulated where need be; builds for minutes the first time
+	$(call install_packages,emulating processors,$(KERNEL_TEST_PACKAGES))
+	@$(CMAKE) -S . -B $(BUILD) && $(CMAKE) --build $(BUILD) --target llama_moe_kernel_tests
+	$(BUILD)/tests/kernels/llama_moe_kernel_tests
+	@$(CMAKE) -G Ninja -S . -B build/aarch64 $(AARCH64) && $(CMAKE) --build build/aarch64 --target llama_moe_kernel_tests
+	qemu-aarch64 build/aarch64/tests/kernels/llama_moe_kernel_tests
+
 # A build of its own with an environment of its own: the module of `make setup` stays what it is. Mesa's lavapipe is a Vulkan
 # device that computes on the CPU; VK_DRIVER_FILES= (empty) tests the machine's own GPU.
 VULKAN_SETUP := build/vulkan-venv/setup.stamp
@@ -83,10 +97,11 @@ VULKAN_PACKAGES := glslc libvulkan-dev mesa-vulkan-drivers spirv-headers
 VK_DRIVER_FILES ?= $(firstword $(wildcard /usr/share/vulkan/icd.d/lvp_icd*.json))
 GGML_VK_VISIBLE_DEVICES ?= 0
 
-define install_vulkan_packages
-	@if command -v dpkg apt-get >/dev/null && ! dpkg --status $(VULKAN_PACKAGES) >/dev/null 2>&1; then \
-	  if [ "$$(id -u)" = 0 ]; then apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends $(VULKAN_PACKAGES); \
-	  else echo "a Vulkan build needs these packages: $(VULKAN_PACKAGES)" >&2; exit 1; fi; fi
+# Arguments: what needs them, the packages.
+define install_packages
+	@if command -v dpkg apt-get >/dev/null && ! dpkg --status $(2) >/dev/null 2>&1; then \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends $(2); \
+	  else echo "$(1) needs these packages: $(2)" >&2; exit 1; fi; fi
 endef
 
 test-vulkan: $(VULKAN_SETUP) ## placements on a Vulkan device, a GPU or Mesa's software one; builds for minutes the first time
@@ -94,7 +109,7 @@ test-vulkan: $(VULKAN_SETUP) ## placements on a Vulkan device, a GPU or Mesa's s
 	  build/vulkan-venv/bin/python -m pytest -m vulkan tests/vulkan
 
 $(VULKAN_SETUP): $(NATIVE_SOURCES)
-	$(install_vulkan_packages)
+	$(call install_packages,a Vulkan build,$(VULKAN_PACKAGES))
 	@test -x build/vulkan-venv/bin/python || $(PYTHON) -m venv build/vulkan-venv
 	@echo "==> building llama.cpp's Vulkan backend and llama_moe (the first time takes minutes)"
 	@include=$$($(PYTHON) third_party/fetch_vulkan_headers.py) && \
@@ -167,7 +182,7 @@ wheel-cuda-build:
 	$(call build_wheel,wheel-cuda13,third_party/plugins/cuda13,$(if $(CMAKE_CUDA_ARCHITECTURES),--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES='$(CMAKE_CUDA_ARCHITECTURES)'),_cuda13)
 
 wheel-vulkan: $(WHEEL_TOOLS) ## the Vulkan plug-in's wheel
-	$(install_vulkan_packages)
+	$(call install_packages,a Vulkan build,$(VULKAN_PACKAGES))
 	$(call build_wheel,wheel-vulkan,third_party/plugins/vulkan,--config-settings=cmake.define.Vulkan_INCLUDE_DIR=$$($(PYTHON) third_party/fetch_vulkan_headers.py),_vulkan)
 
 # llama-cpp-python is built for the test that both work in one process; pip keeps what it built.
