@@ -159,10 +159,11 @@ inline typename Arch::Floats add_block(const std::uint8_t* group, const TileRows
     auto products = Arch::to_ints(sums[0]);
     for_constants<kRuns - 1>([&](auto i) { products = Arch::add(products, Arch::to_ints(sums[i + 1])); });
     const auto scales = F::template scales<Arch>(group);
+    total = Arch::fma(Arch::to_floats(products), Arch::multiply(scales, Arch::broadcast(*row.scales[0])), total);
     if constexpr (kUsesSums<Arch, F>) {
         total = Arch::fma(block_minimums<Arch, F>(group, scales), Arch::broadcast(*row.sums[0]), total);
     }
-    return Arch::fma(Arch::to_floats(products), Arch::multiply(scales, Arch::broadcast(*row.scales[0])), total);
+    return total;
 }
 
 template <class Arch, class F>
@@ -188,16 +189,17 @@ typename Arch::Floats multiply_row(const std::uint8_t* group, const ActivationRo
     return total;
 }
 
-// Several tokens: the weights of 16 rows and up to 256 columns are unpacked into a tile in the first level of the cache.
+// Several tokens: the weights of 16 rows and up to 256 columns are unpacked into a tile in the first level of the cache. Each has the result
+// that it has alone, to the last bit: everything is added in the same order.
 
 template <class Arch, class F>
 struct Tile {
     static constexpr int kSubs = kTileColumns / F::kSub;
     alignas(64) std::uint8_t weights[kTileColumns / kStep][64];  // [step][4 x row + column in the step]
     typename Arch::Scale sub_scales[kSubs];  // of super-blocks: the integer ones, and what all of them are multiplied with
-    typename Arch::Floats factors;
+    typename Arch::Floats factors, factors_of_minimums;
     typename Arch::Floats scales[kSubs];     // of blocks
-    typename Arch::Floats minimums[kSubs];   // times the sums of the activations
+    typename Arch::Floats minimums[kSubs];   // of both: times the sums of the activations
 
     void unpack(const std::uint8_t* group, int blocks);
 };
@@ -214,11 +216,11 @@ inline void Tile<Arch, F>::unpack(const std::uint8_t* group, int blocks) {
             SubScales integers;
             F::sub_scales(group, integers);
             factors = Arch::from_halves(group + F::kFactors);
-            const auto of_minimums = minimum_factors<Arch, F>(group, factors);
+            factors_of_minimums = minimum_factors<Arch, F>(group, factors);
             for (int sub = 0; sub < kSubs; sub++) {
                 sub_scales[sub] = Arch::make_scale(integers.scales + kGroupRows * sub, factors);
                 if constexpr (kUsesSums<Arch, F>) {
-                    minimums[sub] = Arch::multiply(Arch::from_bytes(minimums_of_sub<F>(integers, sub)), of_minimums);
+                    minimums[sub] = Arch::from_bytes(minimums_of_sub<F>(integers, sub));
                 }
             }
         } else {
@@ -256,7 +258,8 @@ inline void add_tile(const Tile<Arch, F>& tile, int blocks, const TileRows<Token
     if constexpr (F::kSuperBlock) {
         typename Arch::Scaled products[Tokens];
         for_constants<Tokens>([&](auto t) { products[t] = Arch::zero_scaled(); });
-        for (int sub = 0; sub < Tile<Arch, F>::kSubs; sub++) {
+        for (int i = 0; i < Tile<Arch, F>::kSubs; i++) {
+            const int sub = F::sub(i / F::kSpanSubs, i % F::kSpanSubs);
             const auto scale = tile.sub_scales[sub];
             for_constants<kRuns>([&](auto run) {
                 constexpr int kFirst = run * kStepsOfSums;
@@ -266,9 +269,12 @@ inline void add_tile(const Tile<Arch, F>& tile, int blocks, const TileRows<Token
         }
         for_constants<Tokens>([&](auto t) { total[t] = Arch::total(products[t], tile.factors); });
         if constexpr (kUsesSums<Arch, F>) {
+            typename Arch::Floats minimums[Tokens];
+            for_constants<Tokens>([&](auto t) { minimums[t] = Arch::broadcast(0.0f); });
             for (int sub = 0; sub < Tile<Arch, F>::kSubs; sub++) {
-                for_constants<Tokens>([&](auto t) { total[t] = Arch::fma(tile.minimums[sub], Arch::broadcast(rows.sums[t][sub]), total[t]); });
+                for_constants<Tokens>([&](auto t) { minimums[t] = Arch::fma(tile.minimums[sub], Arch::broadcast(rows.sums[t][sub]), minimums[t]); });
             }
+            for_constants<Tokens>([&](auto t) { total[t] = Arch::fma(minimums[t], tile.factors_of_minimums, total[t]); });
         }
         for_constants<Tokens>([&](auto t) {
             Arch::store(totals[t], Arch::fma(total[t], Arch::broadcast(*rows.scales[t]), Arch::load_floats(totals[t])));
