@@ -95,6 +95,7 @@ def test_a_sweep_keeps_the_best_and_a_second_one_has_nothing_to_do(path: Path, f
     tried = {trial.options for trial in report.trials}
     assert TunedOptions() in tried
     assert replace(TunedOptions(), repack=False) in tried
+    assert replace(TunedOptions(), expert_kernels="ggml") in tried
     assert len(started) == len(report.trials)
     assert all(0 <= now.share <= 1 for now in started)
     # One option at a time: each differs from some earlier one in one way, threads of both kinds counted as one.
@@ -221,9 +222,8 @@ def test_loading_with_the_profile(path: Path, caplog: pytest.LogCaptureFixture) 
 
     with caplog.at_level(logging.INFO, "llama_moe"):
         assert loaded(profile="auto") == (128, 1, 2)
-    assert (
-        "used of it: experts='gpu', micro_batch_size=128, threads=1, threads_batch=2, repack=False, host_memory='pageable'" in caplog.text
-    )
+    used = "experts='gpu', micro_batch_size=128, threads=1, threads_batch=2, repack=False, expert_kernels='auto', host_memory='pageable'"
+    assert f"used of it: {used}" in caplog.text
     assert loaded(profile=profile.key.path) == (128, 1, 2)
     # What is given stays, also where it is the default.
     assert loaded(profile="auto", micro_batch_size=64, threads_batch=None) == (64, 1, 1)
@@ -302,6 +302,7 @@ def test_a_model_is_known_by_its_header(path: Path, tmp_path: Path, tiny_model: 
         ("threads", "2"),
         ("threads_batch", -1),
         ("repack", 1),
+        ("expert_kernels", "fast"),
         ("host_memory", "paper"),
     ],
 )
@@ -312,6 +313,7 @@ def test_options_of_a_file_are_checked(name: str, value: object) -> None:
         "threads": None,
         "threads_batch": 2,
         "repack": False,
+        "expert_kernels": "ggml",
         "host_memory": "mmap",
     }
     assert TunedOptions.from_dict(fine).experts == "first:3"
