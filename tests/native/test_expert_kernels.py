@@ -14,10 +14,22 @@ import pytest
 import llama_moe
 from llama_moe import Context, Device, Model, SamplingParams
 from llama_moe.errors import InvalidOptionError
-from tests.support.processes import REPOSITORY, run_python
+from tests.support.processes import run_python
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0)
-EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attention": "off", "threads": 1, "context_size": 256}
+UNROUNDED: dict[str, Any] = {"kv_type": "f32", "flash_attention": "off"}
+EXACT: dict[str, Any] = {**UNROUNDED, "threads": 1, "context_size": 256}
+TEXT = """\
+A lighthouse keeper writes down the weather every evening. In the spring he notes when the first swallows arrive, and in the autumn when
+the last of them leave. The book on his desk is the forty-third of its kind; the others stand on a shelf above the stove, where the air is
+dry. Most pages say little: wind from the west, four to five, showers, good visibility after dark. Some say more. On a night in November
+the sea was so calm that he could hear people talk on a ship that was two miles away, and once, in a storm, a wave broke the window below
+the lamp, which is twenty metres above the rocks. When young people visit the island they ask him whether he is lonely. He shows them the
+radio, the telescope and the garden behind the wall, in which potatoes, beans and a single apple tree grow, and says that he has never had
+enough time. Then he climbs the stairs, one hundred and sixteen of them, to see whether the lamp turns as it should. Machines could do his
+work, and in most places they do: a computer measures the wind, another one the waves, and a third sends both to the harbour every hour.
+But a computer does not wonder why the swallows came late this year.
+"""
 
 
 @pytest.fixture
@@ -117,10 +129,21 @@ def test_a_load_needs_no_more_memory_than_the_model(demo_path: Path) -> None:
     assert float(ran.stdout) < 1.15
 
 
-def test_perplexity_of_the_demo_model_is_that_of_ggml(demo_path: Path) -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")[:3000]
-    found = {}
-    for kernels in ("ggml", "llama_moe"):
-        with llama_moe.load(demo_path, devices=[], expert_kernels=kernels, context_size=1024, kv_type="f32") as engine:
-            found[kernels] = engine.perplexity(text)
-    assert found["llama_moe"] == pytest.approx(found["ggml"], rel=0.003)
+def test_perplexity_is_that_of_exact_products(dense_path: Path, tmp_path: Path) -> None:
+    # The same weights as 32-bit numbers, with which no activation is rounded.
+    exact_path = tmp_path / "exact.gguf"
+    llama_moe.quantize(dense_path, exact_path, "F32", requantize=True)
+
+    def perplexity(path: Path, expert_kernels: Any) -> float:
+        with llama_moe.load(path, devices=[], expert_kernels=expert_kernels, context_size=1024, **UNROUNDED) as engine:
+            return engine.perplexity(TEXT)
+
+    assert perplexity(dense_path, "llama_moe") == pytest.approx(perplexity(exact_path, "ggml"), rel=0.005)
+
+
+def test_perplexity_of_the_demo_model_is_that_of_the_dense_one(demo_path: Path, dense_path: Path) -> None:
+    found = []
+    for path in (demo_path, dense_path):
+        with llama_moe.load(path, devices=[], expert_kernels="llama_moe", context_size=1024, **UNROUNDED) as engine:
+            found.append(engine.perplexity(TEXT))
+    assert found[0] == pytest.approx(found[1], rel=0.001)
