@@ -158,7 +158,8 @@ std::vector<llama_model_kv_override> without_vocabulary(const GgufInfo& gguf) {
     return {kind, size, llama_model_kv_override{}};
 }
 
-std::shared_ptr<LoadedModel> prepare(const GgufInfo& gguf, const ModelOptions& options, const ResolvedPlacement& placement, std::shared_ptr<const Accelerators> accelerators) {
+std::shared_ptr<LoadedModel> prepare(const GgufInfo& gguf, const ModelOptions& options, const ResolvedPlacement& placement,
+                                     std::shared_ptr<const Accelerators> accelerators) {
     auto loaded = std::make_shared<LoadedModel>();
     loaded->accelerators = std::move(accelerators);
     loaded->host_layers = placement.host_layers;
