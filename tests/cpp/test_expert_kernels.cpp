@@ -66,7 +66,7 @@ TEST_CASE("all of a processor's kernels agree with the portable ones") {
             pack_group(format, k, bytes.data(), packed.data());
             for (const int tokens : {1, 2, 3, 4, 7, 12, 64, 67}) {
                 const auto values = random_floats(static_cast<std::size_t>(k * tokens), 6);
-                Activations activations;
+                Activations activations(kernels.round_row);
                 activations.resize(format.activations, k, tokens);
                 std::vector<std::int32_t> rows;
                 for (std::int32_t i = 0; i < tokens; i++) {
@@ -116,7 +116,7 @@ TEST_CASE("the largest weights and activations do not overflow") {
             std::vector<std::uint8_t> packed(bytes.size());
             pack_group(format, k, bytes.data(), packed.data());
             for (const float sign : {1.0f, -1.0f}) {
-                Activations activations;
+                Activations activations(kernels.round_row);
                 activations.resize(format.activations, k, 1);
                 activations.set_row(0, std::vector<float>(static_cast<std::size_t>(k), sign).data());
                 std::vector<float> result(kGroupRows);

@@ -19,10 +19,15 @@ struct ActivationRows {
 // Sums of 16 of the 256 values, and after these the sums of 32.
 constexpr int kSumsOfSuperBlock = 16 + 8;
 
+// Rounds a row of `k` values (not for floats).
+using RoundRow = void (*)(ActivationKind kind, std::int64_t k, const float* values, std::int8_t* rounded, float* scales, float* sums);
+
 // Rows of activations as the kernels read them. Quantised ones are rounded to 8 bits, with one scale for 256 or 32 values, so that a
 // product is as exact as ggml's own.
 class Activations {
    public:
+    explicit Activations(RoundRow round_row) : round_row_(round_row) {}
+
     // Makes room for `rows` rows of `k` values. Rows may then be set by several threads.
     void resize(ActivationKind kind, std::int64_t k, std::int64_t rows);
     void set_row(std::int64_t row, const float* values);
@@ -30,6 +35,7 @@ class Activations {
     ActivationRows rows() const { return {k_, floats_.data(), values_.data(), scales_.data(), sums_.data()}; }
 
    private:
+    const RoundRow round_row_;
     ActivationKind kind_ = ActivationKind::floats;
     std::int64_t k_ = 0;
     std::int64_t blocks_ = 0;

@@ -5,6 +5,7 @@
 
 #include "activations.h"
 #include "format.h"
+#include "glu.h"
 
 namespace llama_moe::experts {
 
@@ -16,6 +17,8 @@ using MultiplyGroup = void (*)(const std::uint8_t* group, const ActivationRows& 
 struct KernelSet {
     const char* name;  // "avx512-vnni", "avx-vnni", "avx2", "neon-dotprod", "portable"
     MultiplyGroup (*find)(ggml_type type);  // null for a type without one
+    RoundRow round_row;
+    ApplyGlu apply_glu;
 };
 
 // The best for this processor first; the portable one is the last.

@@ -63,6 +63,6 @@ struct Avx2 : Vectors256 {
 
 }  // namespace
 
-const KernelSet avx2_kernels = {"avx2", find_multiply<Avx2>};
+const KernelSet avx2_kernels = {"avx2", find_multiply<Avx2>, round_row, apply_glu};
 
 }  // namespace llama_moe::experts

@@ -120,6 +120,6 @@ struct Portable {
 
 }  // namespace
 
-const KernelSet portable_kernels = {"portable", find_multiply<Portable>};
+const KernelSet portable_kernels = {"portable", find_multiply<Portable>, round_row, apply_glu};
 
 }  // namespace llama_moe::experts

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -17,16 +18,26 @@ struct Assignment {
     std::vector<float*> outputs;
 };
 
+// A matrix of each expert, and what is added to its products.
+struct Matrices {
+    const ExpertWeights* weights;
+    std::int64_t first_group, groups;  // of each expert
+    const float* bias = nullptr;       // as many for each expert as a matrix has rows; null: nothing
+    std::int64_t bias_stride = 0;      // from one expert's to the next's
+};
+
 // Products of experts' weights and activations, with what it needs kept from one to the next. One thread at a time uses it.
 class Multiplication {
    public:
-    explicit Multiplication(const KernelSet& kernels) : kernels_(kernels) {}
+    explicit Multiplication(const KernelSet& kernels) : kernels_(kernels), activations_(kernels.round_row) {}
 
     // Rows of activations for weights of this format; `row(i)` says where row i is. Rounded in parallel.
     template <class Row>
     void set_activations(const Format& format, std::int64_t k, std::int64_t rows, int threads, Row row);
     // For each assignment: output of each row = the expert's matrix times the row.
-    void run(const ExpertWeights& weights, const std::vector<Assignment>& assignments, int threads);
+    void run(const Matrices& matrices, const std::vector<Assignment>& assignments, int threads);
+    // The same with two matrices of one size: the results of the first are gates of the second's.
+    void run_gated(const Matrices& gates, const Matrices& ups, const Glu& glu, const std::vector<Assignment>& assignments, int threads);
 
    private:
     // Some groups of an expert and some of its rows.
@@ -34,7 +45,15 @@ class Multiplication {
         const Assignment* assignment;
         std::int64_t first_group, groups;
         int first_row, rows;
+
+        const std::int32_t* row_numbers() const { return assignment->rows.data() + first_row; }
+        float* output(int row, std::int64_t group) const {
+            return assignment->outputs[static_cast<std::size_t>(first_row + row)] + (first_group + group) * kGroupRows;
+        }
     };
+    void make_parts(std::int64_t groups, const std::vector<Assignment>& assignments, int threads);
+    template <class Work>
+    void for_each_part(int threads, Work work);
 
     const KernelSet& kernels_;
     Activations activations_;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "elementwise.h"
 #include "kernels.h"
 #include "tile.h"
 
