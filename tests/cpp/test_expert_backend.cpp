@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <thread>
 
 #include "expert_store.h"
 #include "expert_weights.h"
@@ -188,6 +189,8 @@ class BlockGraph {
 
     static constexpr int kFirst = 2;  // the first node of the block
     ggml_cgraph* graph() { return graph_; }
+    ggml_cgraph block() { return ggml_graph_view(graph_, kFirst, graph_->n_nodes); }
+    ggml_backend_t backend() { return backend_.get(); }
     ggml_tensor* gated() { return gated_; }
 
     std::vector<float> compute() { return compute_pieces({graph_->n_nodes}); }
@@ -482,6 +485,31 @@ TEST_CASE("what is computed in one go is found in a graph") {
     CHECK(find(block, false) == std::make_pair(true, false));
     block.glu = GGML_GLU_OP_GEGLU_ERF;
     CHECK(find(block, false) == std::make_pair(false, false));
+}
+
+TEST_CASE("a graph can be stopped") {
+    BlockGraph built(Block(), true);
+    ggml_cgraph graph = built.block();
+    auto* registry = ggml_backend_dev_backend_reg(expert_device());
+    auto set = reinterpret_cast<ggml_backend_set_abort_callback_t>(ggml_backend_reg_get_proc_address(registry, "ggml_backend_set_abort_callback"));
+    struct Asked {
+        std::thread::id caller = std::this_thread::get_id();
+        int left = 3;
+        bool elsewhere = false;
+    } asked;
+    const auto stop_at_last = [](void* data) {
+        auto& asked = *static_cast<Asked*>(data);
+        asked.elsewhere |= std::this_thread::get_id() != asked.caller;
+        return --asked.left <= 0;
+    };
+    set(built.backend(), stop_at_last, &asked);
+    CHECK(ggml_backend_graph_compute(built.backend(), &graph) == GGML_STATUS_ABORTED);
+    CHECK(!asked.elsewhere);
+    asked.left = 1000000;
+    CHECK(ggml_backend_graph_compute(built.backend(), &graph) == GGML_STATUS_SUCCESS);
+    asked.left = 1;
+    set(built.backend(), nullptr, nullptr);
+    CHECK(ggml_backend_graph_compute(built.backend(), &graph) == GGML_STATUS_SUCCESS);
 }
 
 TEST_CASE("packed weights are written and read in pieces") {

@@ -15,6 +15,7 @@ from llama_moe.errors import ClosedError, InvalidOptionError
 from tests.support.numpy_router import route_first_layer
 from tests.support.tiny_models import ARCHITECTURES, DENSE, MODELS
 
+KERNELS = pytest.mark.parametrize("expert_kernels", ["ggml", "llama_moe"])
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 PROMPTS = ["The experts of the router", "Hello", "A rather longer prompt than that, of more tokens than the others have"]
 
@@ -42,12 +43,13 @@ def by_token(routing: RoutingTrace, request: int) -> dict[int, tuple[int, list[l
 # ---- the numbers are the router's
 
 
+@KERNELS
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_choices_and_weights_are_those_of_a_router_in_numpy(tiny_model: Callable[[str], Path], name: str) -> None:
+def test_choices_and_weights_are_those_of_a_router_in_numpy(tiny_model: Callable[[str], Path], name: str, expert_kernels: Any) -> None:
     spec, path = MODELS[name], tiny_model(name)
     tokens = np.arange(20, 52)
     with (
-        Model(path, experts="gpu", devices=[], repack=False) as model,
+        Model(path, experts="gpu", devices=[], expert_kernels=expert_kernels) as model,
         # Each token is the first of a sequence of its own: what it attends to is itself.
         Context(model, context_size=32, max_sequences=len(tokens), threads=1, kv_type="f32", flash_attention="off") as context,
         context.trace_routing(choices=True, weights=True) as routing,
@@ -63,7 +65,7 @@ def test_choices_and_weights_are_those_of_a_router_in_numpy(tiny_model: Callable
     clear = (ranked[:, : spec.experts_used] - ranked[:, 1 : spec.experts_used + 1]).min(axis=-1) > 2e-3
     assert clear.sum() >= len(tokens) * 0.6
     assert choices[clear].tolist() == expected.choices[clear].tolist()
-    np.testing.assert_allclose(weights[clear], expected.weights[clear], atol=4e-3)
+    np.testing.assert_allclose(weights[clear], expected.weights[clear], atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -198,16 +200,17 @@ def test_a_draft_models_routing_is_not_counted(tiny_model: Callable[[str], Path]
 # ---- where it is computed
 
 
+@KERNELS
 @pytest.mark.parametrize(
     "experts", [ExpertPlacement.gpu(), ExpertPlacement.cpu(), ExpertPlacement.cpu_first(2)], ids=["gpu", "cpu", "cpu_first"]
 )
 def test_with_experts_on_a_worker_and_on_the_cpu_the_routing_is_the_same(
-    tiny_model: Callable[[str], Path], accelerator: Device, experts: ExpertPlacement
+    tiny_model: Callable[[str], Path], accelerator: Device, experts: ExpertPlacement, expert_kernels: Any
 ) -> None:
     path = tiny_model("qwen3moe")
     traces = []
     for devices, placement in (([], ExpertPlacement.gpu()), ([accelerator], experts)):
-        with Model(path, experts=placement, devices=devices, repack=False) as model, engine_over(model) as engine:
+        with Model(path, experts=placement, devices=devices, expert_kernels=expert_kernels) as model, engine_over(model) as engine:
             plain = engine.generate(PROMPTS[2], GREEDY)
             with engine.trace_routing(choices=True, weights=True) as routing:
                 engine.generate("x" + PROMPTS[2], GREEDY)
@@ -226,9 +229,10 @@ def test_with_experts_on_a_worker_and_on_the_cpu_the_routing_is_the_same(
 # ---- nothing else changes
 
 
+@KERNELS
 @pytest.mark.parametrize("name", ["llama", "qwen3moe", "olmoe", "deepseek2-merged", "grovemoe"])
-def test_a_trace_does_not_change_the_text(tiny_model: Callable[[str], Path], name: str) -> None:
-    with Model(tiny_model(name), experts="gpu", devices=[], repack=False) as model:
+def test_a_trace_does_not_change_the_text(tiny_model: Callable[[str], Path], name: str, expert_kernels: Any) -> None:
+    with Model(tiny_model(name), experts="gpu", devices=[], expert_kernels=expert_kernels) as model:
         # One after the other: which requests share a batch is a matter of time, and that may turn an undecided router.
         sequences = 3 if name == "llama" else 1
         with engine_over(model, max_sequences=sequences) as engine:

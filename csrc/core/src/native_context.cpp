@@ -8,6 +8,7 @@
 #include "llama-ext.h"  // llama_get_memory_breakdown; this is the only file that includes it
 #include "llama_moe/device.h"
 #include "llama_moe/error.h"
+#include "llama_moe/expert_backend.h"
 #include "llama_moe/log.h"
 #include "machine.h"
 #include "native_thread.h"
@@ -196,11 +197,12 @@ NativeContext::~NativeContext() {
 }
 
 int NativeContext::decode(const Batch& batch) {
-    const bool traced = routing_ && routing_->begin();
-    const int status = llama_decode(context_, batch.get());
-    if (traced) {
-        routing_->end(batch.rows(), status == 0);
+    if (!routing_ || !routing_->begin()) {
+        return llama_decode(context_, batch.get());
     }
+    const experts::Observer observer([this](const ggml_tensor* op) { routing_->see(op); });
+    const int status = llama_decode(context_, batch.get());
+    routing_->end(batch.rows(), status == 0);
     return status;
 }
 

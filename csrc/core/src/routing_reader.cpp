@@ -7,6 +7,7 @@
 
 #include "eval_callback.h"
 #include "ggml-backend.h"
+#include "llama_moe/expert_backend.h"
 #include "llama_moe/log.h"
 
 namespace llama_moe {
@@ -73,18 +74,30 @@ bool RoutingReader::on_node(const ggml_tensor* node, bool ask) {
         }
         return false;
     }
+    if (ask) {
+        return !experts::computes(node) && tells_more(node);
+    }
+    read(node);
+    return true;
+}
+
+void RoutingReader::see(const ggml_tensor* op) {
+    if (tells_more(op)) {
+        read(op);
+    }
+}
+
+// Whether a node has choices or weights among its operands, the first one of its layer: that may have further experts, chosen in the same way.
+bool RoutingReader::tells_more(const ggml_tensor* node) {
     const bool product = node->op == GGML_OP_MUL_MAT_ID;
     const bool weighted = wants_weights_ && node->op == GGML_OP_MUL && std::strncmp(node->name, "ffn_moe_weighted-", 17) == 0;
     Layer* layer = product || weighted ? layer_of(node) : nullptr;
-    if (layer == nullptr) {
-        return !ask;
-    }
-    if (ask) {
-        bool& seen = product ? layer->chosen : layer->weighted;
-        return !std::exchange(seen, true);  // the first one: a layer may have further experts, chosen in the same way
-    }
-    product ? read_choices(node->src[2], *layer) : read_weights(node->src[1], *layer);
-    return true;
+    return layer != nullptr && !std::exchange(product ? layer->chosen : layer->weighted, true);
+}
+
+void RoutingReader::read(const ggml_tensor* node) {
+    Layer& layer = *layer_of(node);
+    node->op == GGML_OP_MUL_MAT_ID ? read_choices(node->src[2], layer) : read_weights(node->src[1], layer);
 }
 
 RoutingReader::Layer* RoutingReader::layer_of(const ggml_tensor* node) {

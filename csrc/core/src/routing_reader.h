@@ -12,9 +12,10 @@ namespace llama_moe {
 
 // Reads what the routers chose out of llama.cpp's graphs while they are computed, for the traces of a hub. Of the thread that computes.
 //
-// A graph is stopped at the first product with the experts' weights in each layer, which has the chosen experts among its operands,
-// and, if weights are wanted, where the experts' outputs are multiplied with them. Both are wherever that operation is computed, and
-// whatever way the architecture came to them; fused routing kernels stay whole.
+// The chosen experts are an operand of the first product with the experts' weights in each layer, and the routers' weights, if they are
+// wanted, one of where the experts' outputs are multiplied with them. Both are wherever that operation is computed, and whatever way the
+// architecture came to them; fused routing kernels stay whole. The expert backend shows its operations as it computes them. At those of
+// other backends a graph is stopped.
 class RoutingReader {
    public:
     // `unified`: all sequences share the buffer of one KV cache.
@@ -24,6 +25,7 @@ class RoutingReader {
 
     // Around each llama_decode. Traces that were started after begin() see the next one. What was not `computed` is not counted.
     bool begin();  // false: there are no traces, and end() need not be called
+    void see(const ggml_tensor* op);  // one that the expert backend is about to compute
     void end(const std::vector<BatchRow>& batch, bool computed);
 
    private:
@@ -40,6 +42,8 @@ class RoutingReader {
     };
 
     bool on_node(const ggml_tensor* node, bool ask);
+    bool tells_more(const ggml_tensor* node);
+    void read(const ggml_tensor* node);
     Layer* layer_of(const ggml_tensor* node);
     void begin_micro_batch(const ggml_tensor* tokens);
     void read_choices(const ggml_tensor* ids, Layer& layer) const;

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "computation.h"
 #include "ggml-backend-impl.h"
 #include "kernels.h"
-#include "operations.h"
 
 namespace llama_moe::experts {
 namespace {
@@ -14,6 +14,7 @@ namespace {
 constexpr const char* kName = "Experts";
 
 thread_local int scopes = 0;
+thread_local const Observer* observer = nullptr;
 
 ggml_guid_t backend_guid() {
     static ggml_guid guid = {0x6c, 0x6c, 0x61, 0x6d, 0x61, 0x5f, 0x6d, 0x6f, 0x65, 0x2d, 0x65, 0x78, 0x70, 0x65, 0x72, 0x74};
@@ -24,6 +25,10 @@ void set_threads(ggml_backend_t backend, int threads) {
     static_cast<Computation*>(backend->context)->set_threads(std::max(1, threads));
 }
 
+void set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void* data) {
+    static_cast<Computation*>(backend->context)->set_stop(callback ? std::function<bool()>([=] { return callback(data); }) : nullptr);
+}
+
 ggml_backend_t init_backend(ggml_backend_dev_t device, const char*) {
     ggml_backend_i functions{};
     functions.get_name = [](ggml_backend_t) { return kName; };
@@ -32,8 +37,7 @@ ggml_backend_t init_backend(ggml_backend_dev_t device, const char*) {
         delete backend;
     };
     functions.graph_compute = [](ggml_backend_t backend, ggml_cgraph* graph) {
-        static_cast<Computation*>(backend->context)->compute(*graph);
-        return GGML_STATUS_SUCCESS;
+        return static_cast<Computation*>(backend->context)->compute(*graph) ? GGML_STATUS_SUCCESS : GGML_STATUS_ABORTED;
     };
     return new ggml_backend{backend_guid(), functions, device, new Computation()};
 }
@@ -76,7 +80,10 @@ ggml_backend_reg_t expert_registry() {
         functions.get_device_count = [](ggml_backend_reg_t) -> std::size_t { return 1; };
         functions.get_device = [](ggml_backend_reg_t, std::size_t) { return expert_device(); };
         functions.get_proc_address = [](ggml_backend_reg_t, const char* name) -> void* {
-            return std::strcmp(name, "ggml_backend_set_n_threads") == 0 ? reinterpret_cast<void*>(set_threads) : nullptr;
+            if (std::strcmp(name, "ggml_backend_set_n_threads") == 0) {
+                return reinterpret_cast<void*>(set_threads);
+            }
+            return std::strcmp(name, "ggml_backend_set_abort_callback") == 0 ? reinterpret_cast<void*>(set_abort_callback) : nullptr;
         };
         return new ggml_backend_reg{GGML_BACKEND_API_VERSION, functions, nullptr};
     }();
@@ -98,6 +105,18 @@ KernelsScope::KernelsScope() {
 
 KernelsScope::~KernelsScope() {
     scopes--;
+}
+
+Observer::Observer(See see) : see_(std::move(see)), before_(std::exchange(observer, this)) {}
+
+Observer::~Observer() {
+    observer = before_;
+}
+
+void Observer::show(const ggml_tensor* op) {
+    if (observer) {
+        observer->see_(op);
+    }
 }
 
 }  // namespace llama_moe::experts

@@ -4,6 +4,7 @@
 
 #include "buffers.h"
 #include "ggml-impl.h"
+#include "llama_moe/expert_backend.h"
 
 namespace llama_moe::experts {
 namespace {
@@ -52,22 +53,24 @@ Matrices matrices_of(const Product& product, std::int64_t first_row, std::int64_
 
 }  // namespace
 
-void Computation::compute(const ggml_cgraph& graph) {
+bool Computation::compute(const ggml_cgraph& graph) {
     for (int i = 0; i < graph.n_nodes; i++) {
         ggml_tensor* node = graph.nodes[i];
         if (is_view(node) || ggml_is_empty(node) || (node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) {
             continue;
         }
-        if (const auto gated = find_gated_product(graph, i)) {
-            compute(*gated);
-            i = gated->last;
-        } else if (const auto sum = find_weighted_sum(graph, i)) {
-            compute(*sum);
-            i = sum->last;
-        } else {
-            compute(node);
+        const auto gated = find_gated_product(graph, i);
+        const auto sum = gated ? std::nullopt : find_weighted_sum(graph, i);
+        const int last = gated ? gated->last : sum ? sum->last : i;
+        for (int shown = i; shown <= last; shown++) {
+            Observer::show(graph.nodes[shown]);
         }
+        if (!(gated ? compute(*gated) : sum ? compute(*sum) : compute(node))) {
+            return false;
+        }
+        i = last;
     }
+    return true;
 }
 
 // Calls work(row's number) for each row of a tensor, in parallel.
@@ -77,11 +80,11 @@ void Computation::for_each_row(const ggml_tensor* tensor, Work work) const {
     for_each_in_parallel(static_cast<int>(std::min<std::int64_t>(threads_, (rows + kRowsOfThread - 1) / kRowsOfThread)), rows, work);
 }
 
-void Computation::compute(ggml_tensor* node) {
+bool Computation::compute(ggml_tensor* node) {
     const std::int64_t columns = node->ne[0];
     switch (node->op) {
         case GGML_OP_MUL_MAT:
-        case GGML_OP_MUL_MAT_ID: multiply(node); break;
+        case GGML_OP_MUL_MAT_ID: return multiply(node);
         case GGML_OP_ADD_ID:
             for_each_row(node, [&](std::int64_t i) {
                 const auto expert = *at<std::int32_t>(node->src[2], i % node->ne[1], i / node->ne[1], 0);
@@ -103,18 +106,19 @@ void Computation::compute(ggml_tensor* node) {
             break;
         default: GGML_ABORT("the expert backend has no %s", ggml_op_name(node->op));
     }
+    return true;
 }
 
-void Computation::compute(const GatedProduct& block) {
+bool Computation::compute(const GatedProduct& block) {
     const ggml_tensor* node = block.gate.node;
     round_activations(node);
     assign(node, block.glu);
     const std::int64_t rows = block.glu->ne[0];
-    multiplication_.run_gated(matrices_of(block.gate, block.gate_row, rows), matrices_of(block.up, block.up_row, rows), *glu_of(block.glu), assignments_,
-                              threads_);
+    return multiplication_.run_gated(matrices_of(block.gate, block.gate_row, rows), matrices_of(block.up, block.up_row, rows), *glu_of(block.glu),
+                                     assignments_, threads_);
 }
 
-void Computation::compute(const WeightedSum& block) {
+bool Computation::compute(const WeightedSum& block) {
     const ggml_tensor* products = block.weighted;
     const std::int64_t used = products->ne[1];
     // Their memory may be that of the sum.
@@ -124,7 +128,9 @@ void Computation::compute(const WeightedSum& block) {
     }
     round_activations(block.down.node);
     assign(block.down.node, products);
-    multiplication_.run(matrices_of(block.down, 0, products->ne[0]), assignments_, threads_);
+    if (!multiplication_.run(matrices_of(block.down, 0, products->ne[0]), assignments_, threads_)) {
+        return false;
+    }
     for_each_row(block.sum, [&](std::int64_t token) {
         const float* factors = router_weights_.data() + token * used;
         float* sum = row_of(block.sum, token);
@@ -133,16 +139,17 @@ void Computation::compute(const WeightedSum& block) {
             add_scaled(at(products, 0, i, token), factors[i], sum, products->ne[0]);
         }
     });
+    return true;
 }
 
-void Computation::multiply(const ggml_tensor* product) {
+bool Computation::multiply(const ggml_tensor* product) {
     assign(product, product);
     if (packed_weights(product->src[0])) {
         round_activations(product);
-        multiplication_.run(matrices_of({const_cast<ggml_tensor*>(product)}, 0, product->ne[0]), assignments_, threads_);
-    } else {
-        multiply_plain(product->src[0], product->src[1]);
+        return multiplication_.run(matrices_of({product}, 0, product->ne[0]), assignments_, threads_);
     }
+    multiply_plain(product->src[0], product->src[1]);
+    return true;
 }
 
 void Computation::round_activations(const ggml_tensor* product) {

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "fusion.h"
@@ -12,13 +14,16 @@ namespace llama_moe::experts {
 class Computation {
    public:
     void set_threads(int threads) { threads_ = threads; }
-    void compute(const ggml_cgraph& graph);
+    // Asked now and then by the thread that computes; true ends a graph.
+    void set_stop(std::function<bool()> should_stop) { multiplication_.set_stop(std::move(should_stop)); }
+    // False: stopped before the end.
+    bool compute(const ggml_cgraph& graph);
 
    private:
-    void compute(ggml_tensor* node);
-    void compute(const GatedProduct& block);
-    void compute(const WeightedSum& block);
-    void multiply(const ggml_tensor* product);
+    bool compute(ggml_tensor* node);
+    bool compute(const GatedProduct& block);
+    bool compute(const WeightedSum& block);
+    bool multiply(const ggml_tensor* product);
     void multiply_plain(const ggml_tensor* weights, const ggml_tensor* activations);
 
     void assign(const ggml_tensor* product, const ggml_tensor* output);

@@ -13,9 +13,9 @@ class Nodes {
    public:
     Nodes(const ggml_cgraph& graph, int first) : graph_(graph), next_(first) { skip_views(); }
 
-    ggml_tensor* peek() const { return next_ < graph_.n_nodes ? graph_.nodes[next_] : nullptr; }
-    ggml_tensor* take() {
-        ggml_tensor* node = peek();
+    const ggml_tensor* peek() const { return next_ < graph_.n_nodes ? graph_.nodes[next_] : nullptr; }
+    const ggml_tensor* take() {
+        const ggml_tensor* node = peek();
         last_ = next_++;
         skip_views();
         return node;
@@ -47,7 +47,7 @@ std::optional<Product> take_product(const ggml_cgraph& graph, Nodes& nodes) {
     }
     Product product;
     product.node = nodes.take();
-    ggml_tensor* next = nodes.peek();
+    const ggml_tensor* next = nodes.peek();
     if (next && is_biased_product(next) && next->src[0] == product.node && next->src[2] == product.node->src[2] && uses(graph, product.node) == 1) {
         product.biased = nodes.take();
     }
@@ -83,12 +83,12 @@ std::optional<GatedProduct> find_gated_product(const ggml_cgraph& graph, int fir
         return std::nullopt;
     }
     const auto other = take_product(graph, nodes);
-    ggml_tensor* glu = nodes.take();
+    const ggml_tensor* glu = nodes.take();
     if (!glu || !is_gated_product(glu)) {
         return std::nullopt;
     }
-    ggml_tensor* gate = glu->src[0];
-    ggml_tensor* up = glu->src[1];
+    const ggml_tensor* gate = glu->src[0];
+    const ggml_tensor* up = glu->src[1];
     if (!other) {
         if (!are_halves(gate, up, one->result()) || uses(graph, one->result()) != 2 || uses(graph, gate) != 1 || uses(graph, up) != 1) {
             return std::nullopt;
@@ -110,7 +110,7 @@ std::optional<GatedProduct> find_gated_product(const ggml_cgraph& graph, int fir
 std::optional<WeightedSum> find_weighted_sum(const ggml_cgraph& graph, int first) {
     Nodes nodes(graph, first);
     const auto down = take_product(graph, nodes);
-    ggml_tensor* weighted = down ? nodes.take() : nullptr;
+    const ggml_tensor* weighted = down ? nodes.take() : nullptr;
     if (!weighted || !is_weighted_product(weighted) || weighted->src[0] != down->result() || uses(graph, down->result()) != 1) {
         return std::nullopt;
     }
@@ -123,9 +123,9 @@ std::optional<WeightedSum> find_weighted_sum(const ggml_cgraph& graph, int first
         return view->view_src == weighted && view->view_offs == static_cast<std::size_t>(i) * weighted->nb[1] && view->nb[1] == weighted->nb[2] &&
                view->ne[0] == weighted->ne[0] && view->ne[1] == weighted->ne[2] && uses(graph, view) == 1;
     };
-    ggml_tensor* sum = nullptr;
+    const ggml_tensor* sum = nullptr;
     for (std::int64_t i = 1; i < used; i++) {
-        ggml_tensor* add = nodes.take();
+        const ggml_tensor* add = nodes.take();
         const bool goes_on = add && is_sum_of_experts(add) && is_of_expert(add->src[1], i) &&
                              (i == 1 ? is_of_expert(add->src[0], 0) : add->src[0] == sum && uses(graph, sum) == 1);
         if (!goes_on) {

@@ -10,25 +10,25 @@ namespace llama_moe::experts {
 
 // A product, and the operation that adds the experts' biases to it, if there is one.
 struct Product {
-    ggml_tensor* node = nullptr;
-    ggml_tensor* biased = nullptr;
+    const ggml_tensor* node = nullptr;
+    const ggml_tensor* biased = nullptr;
 
-    ggml_tensor* result() const { return biased ? biased : node; }
+    const ggml_tensor* result() const { return biased ? biased : node; }
 };
 
 // Gate and up projection, and the activation. Both may be halves of one product.
 struct GatedProduct {
     Product gate, up;
     std::int64_t gate_row, up_row;  // the first one in the product's matrices
-    ggml_tensor* glu;
+    const ggml_tensor* glu;
     int last;  // node of the graph
 };
 
 // The down projection, the router's weights, and the sum over the experts.
 struct WeightedSum {
     Product down;
-    ggml_tensor* weighted;
-    ggml_tensor* sum;
+    const ggml_tensor* weighted;
+    const ggml_tensor* sum;
     int last;
 };
 

@@ -61,14 +61,24 @@ void Multiplication::make_parts(std::int64_t groups, const std::vector<Assignmen
 }
 
 template <class Work>
-void Multiplication::for_each_part(int threads, Work work) {
-    for_each_in_parallel(threads, static_cast<std::int64_t>(parts_.size()), [&](std::int64_t i) { work(parts_[static_cast<std::size_t>(i)]); });
+bool Multiplication::for_each_part(int threads, Work work) {
+    std::atomic<bool> stopped{false};
+    const auto caller = std::this_thread::get_id();
+    for_each_in_parallel(threads, static_cast<std::int64_t>(parts_.size()), [&](std::int64_t i) {
+        if (should_stop_ && std::this_thread::get_id() == caller && should_stop_()) {
+            stopped = true;
+        }
+        if (!stopped) {
+            work(parts_[static_cast<std::size_t>(i)]);
+        }
+    });
+    return !stopped;
 }
 
-void Multiplication::run(const Matrices& matrices, const std::vector<Assignment>& assignments, int threads) {
+bool Multiplication::run(const Matrices& matrices, const std::vector<Assignment>& assignments, int threads) {
     make_parts(matrices.groups, assignments, threads);
     const ActivationRows activations = activations_.rows();
-    for_each_part(threads, [&](const Part& part) {
+    return for_each_part(threads, [&](const Part& part) {
         GroupProducts products(kernels_, matrices, part.assignment->expert, part.first_group);
         float* outputs[kRowsOfPart];
         for (std::int64_t group = 0; group < part.groups; group++) {
@@ -80,10 +90,10 @@ void Multiplication::run(const Matrices& matrices, const std::vector<Assignment>
     });
 }
 
-void Multiplication::run_gated(const Matrices& gates, const Matrices& ups, const Glu& glu, const std::vector<Assignment>& assignments, int threads) {
+bool Multiplication::run_gated(const Matrices& gates, const Matrices& ups, const Glu& glu, const std::vector<Assignment>& assignments, int threads) {
     make_parts(gates.groups, assignments, threads);
     const ActivationRows activations = activations_.rows();
-    for_each_part(threads, [&](const Part& part) {
+    return for_each_part(threads, [&](const Part& part) {
         GroupProducts gate_products(kernels_, gates, part.assignment->expert, part.first_group);
         GroupProducts up_products(kernels_, ups, part.assignment->expert, part.first_group);
         alignas(64) float gate[kRowsOfPart][kGroupRows];

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "activations.h"
@@ -34,10 +35,13 @@ class Multiplication {
     // Rows of activations for weights of this format; `row(i)` says where row i is. Rounded in parallel.
     template <class Row>
     void set_activations(const Format& format, std::int64_t k, std::int64_t rows, int threads, Row row);
-    // For each assignment: output of each row = the expert's matrix times the row.
-    void run(const Matrices& matrices, const std::vector<Assignment>& assignments, int threads);
+    // Asked now and then while products are computed, by the thread that called; true ends them.
+    void set_stop(std::function<bool()> should_stop) { should_stop_ = std::move(should_stop); }
+
+    // For each assignment: output of each row = the expert's matrix times the row. False: stopped before the end.
+    bool run(const Matrices& matrices, const std::vector<Assignment>& assignments, int threads);
     // The same with two matrices of one size: the results of the first are gates of the second's.
-    void run_gated(const Matrices& gates, const Matrices& ups, const Glu& glu, const std::vector<Assignment>& assignments, int threads);
+    bool run_gated(const Matrices& gates, const Matrices& ups, const Glu& glu, const std::vector<Assignment>& assignments, int threads);
 
    private:
     // Some groups of an expert and some of its rows.
@@ -53,11 +57,12 @@ class Multiplication {
     };
     void make_parts(std::int64_t groups, const std::vector<Assignment>& assignments, int threads);
     template <class Work>
-    void for_each_part(int threads, Work work);
+    bool for_each_part(int threads, Work work);
 
     const KernelSet& kernels_;
     Activations activations_;
     std::vector<Part> parts_;
+    std::function<bool()> should_stop_;
 };
 
 template <class Row>

@@ -4,6 +4,7 @@
 
 #include "buffers.h"
 #include "ggml-backend-impl.h"
+#include "llama_moe/expert_backend.h"
 
 namespace llama_moe::experts {
 namespace {

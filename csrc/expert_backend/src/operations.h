@@ -6,10 +6,8 @@
 #include "glu.h"
 
 // The operations of this backend: products with weights in its buffers, and what belongs to these products in a layer's feed-forward block.
-// Each can be computed by itself, whatever part of a graph comes in one piece.
+// Each can be computed by itself, whatever part of a graph comes in one piece. `computes` of expert_backend.h knows them all.
 namespace llama_moe::experts {
-
-bool computes(const ggml_tensor* op);
 
 // MUL_MAT or MUL_MAT_ID with weights of ours.
 bool is_product(const ggml_tensor* op);

@@ -7,28 +7,31 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#else
+#include "thread_team.h"
 #endif
 
-// Threads: OpenMP's, because ggml's CPU backend has them too. Its threads spin for a while when a part of a graph is done; threads of our own
-// would compete with those for the cores, while the same ones just go on. Built without OpenMP, everything runs on the calling thread.
+// Threads: OpenMP's where ggml's CPU backend has them too. Its threads spin for a while when a part of a graph is done; threads of our own
+// would compete with those for the cores, while the same ones just go on. Built without OpenMP, each thread that computes has a team of its own.
 namespace llama_moe::experts {
 
 inline int all_threads() {
     return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-// Calls work(thread, threads) on each of `threads` threads.
+// Calls work(thread, threads) on each of `threads` threads, of which the calling one is the first.
 template <class Work>
 void in_parallel(int threads, Work work) {
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        work(omp_get_thread_num(), omp_get_num_threads());
+    if (threads <= 1) {
+        work(0, 1);
         return;
     }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    work(omp_get_thread_num(), omp_get_num_threads());
+#else
+    ThreadTeam::of_this_thread().run(threads, work);
 #endif
-    (void)threads;
-    work(0, 1);
 }
 
 // Calls work(i) for every i below `count`; whoever is free takes the next.

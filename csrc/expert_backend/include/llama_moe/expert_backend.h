@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <string>
 
 #include "ggml-backend.h"
@@ -15,8 +16,11 @@ ggml_backend_reg_t expert_registry();
 ggml_backend_buffer_type_t expert_buffer_type();
 ggml_backend_dev_t expert_device();
 
-// The kernels that this processor runs: "avx2" or "portable".
+// The kernels that this processor runs: "avx2", "portable" or another (kernels.h).
 std::string kernel_name();
+
+// Whether this backend computes an operation of a graph.
+bool computes(const ggml_tensor* op);
 
 // While one exists in a thread, what that thread loads into host memory goes to this backend, as far as it has kernels for it.
 class KernelsScope {
@@ -25,6 +29,25 @@ class KernelsScope {
     ~KernelsScope();
     KernelsScope(const KernelsScope&) = delete;
     KernelsScope& operator=(const KernelsScope&) = delete;
+};
+
+// While one exists in a thread, it is called with each operation that this backend computes in that thread, before it is computed: the
+// experts that a product has (MUL_MAT_ID) and the router's weights (MUL) are among the operands then.
+class Observer {
+   public:
+    using See = std::function<void(const ggml_tensor* op)>;
+
+    explicit Observer(See see);
+    ~Observer();
+    Observer(const Observer&) = delete;
+    Observer& operator=(const Observer&) = delete;
+
+    // To the thread's observer, if there is one.
+    static void show(const ggml_tensor* op);
+
+   private:
+    const See see_;
+    const Observer* const before_;
 };
 
 }  // namespace llama_moe::experts
