@@ -1,6 +1,8 @@
 // Every format's packing, and the kernels of all processors that can run here: those of this one and, in a build of tests/kernels, emulated ones.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 
@@ -136,5 +138,60 @@ TEST_CASE("the largest weights and activations do not overflow") {
                 }
             }
         }
+    }
+}
+
+TEST_CASE("activations that are not finite give products that are not") {
+    for (const auto& kernels : tested_kernels()) {
+        for (const auto type : formats()) {
+            const Format& format = *find_format(type);
+            const std::int64_t k = 512;
+            const auto bytes = quantised(type, random_floats(static_cast<std::size_t>(k * kGroupRows), 5), k);
+            std::vector<std::uint8_t> packed(bytes.size());
+            pack_group(format, k, bytes.data(), packed.data());
+            for (const float value : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+                auto values = random_floats(static_cast<std::size_t>(k), 6);
+                values[300] = value;
+                Activations activations(kernels.round_row);
+                activations.resize(format.activations, k, 1);
+                activations.set_row(0, values.data());
+                std::vector<float> result(kGroupRows);
+                float* output = result.data();
+                const std::int32_t row = 0;
+                kernels.find(type)(packed.data(), activations.rows(), &row, &output, 1);
+                if (!std::none_of(result.begin(), result.end(), [](float x) { return std::isfinite(x); })) {
+                    fail(__FILE__, __LINE__, std::string(kernels.name) + " " + ggml_type_name(type));
+                }
+            }
+        }
+    }
+}
+
+TEST_CASE("gated linear units are those of double precision, also where exponentials leave the range of floats") {
+    std::vector<float> gates = random_floats(1000, 8, 4.0f);
+    for (const float gate : {0.0f, -0.0f, 87.5f, -87.5f, 89.0f, -89.0f, 1e4f, -1e4f, 1e-30f, -1e-30f}) {
+        gates.push_back(gate);
+    }
+    const std::vector<float> ups = random_floats(gates.size(), 9);
+    for (const auto& kernels : tested_kernels()) {
+        const auto check = [&](const Glu& glu, auto unit) {
+            std::vector<float> found(gates.size());
+            kernels.apply_glu(glu, gates.data(), ups.data(), found.data(), static_cast<std::int64_t>(gates.size()));
+            for (std::size_t i = 0; i < gates.size(); i++) {
+                const double exact = unit(static_cast<double>(gates[i]), static_cast<double>(ups[i]));
+                if (!(std::fabs(static_cast<double>(found[i]) - exact) <= 2e-5 * std::fabs(exact) + 1e-30)) {
+                    fail(__FILE__, __LINE__, std::string(kernels.name) + ": gate " + show(gates[i]) + ", " + show(found[i]) + " instead of " + show(exact));
+                }
+            }
+        };
+        const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
+        check({Glu::Kind::swiglu}, [&](double g, double u) { return g * sigmoid(g) * u; });
+        check({Glu::Kind::reglu}, [&](double g, double u) { return std::max(g, 0.0) * u; });
+        check({Glu::Kind::geglu_quick}, [&](double g, double u) { return g * sigmoid(1.702 * g) * u; });
+        check({Glu::Kind::geglu}, [&](double g, double u) { return g * sigmoid(2 * std::sqrt(2 / std::acos(-1.0)) * g * (1 + 0.044715 * g * g)) * u; });
+        check({Glu::Kind::swiglu_oai, 1.702f, 7.0f}, [&](double g, double u) {
+            const double limited = std::min(g, 7.0);
+            return limited * sigmoid(static_cast<double>(1.702f) * limited) * (std::clamp(u, -7.0, 7.0) + 1);
+        });
     }
 }
