@@ -8,7 +8,8 @@ namespace {
 
 using Kind = ActivationKind;
 
-// The quants first, in whole vectors of 64 bytes; then scales, byte by byte, so that those of 16 rows are a vector too.
+// In the order in which kernels read them, so that processors see memory read from its beginning to its end: of super-blocks first the scales,
+// byte by byte, so that those of 16 rows are a vector, then the quants.
 const std::vector<Format>& formats() {
     static const std::vector<Format> all = {
         {GGML_TYPE_Q4_0, Kind::blocks, 32, 18, {{2, 16, 4}, {0, 2, 2}}},
@@ -18,12 +19,13 @@ const std::vector<Format>& formats() {
         {GGML_TYPE_Q8_0, Kind::blocks, 32, 34, {{2, 32, 4}, {0, 2, 2}}},
         {GGML_TYPE_IQ4_NL, Kind::blocks, 32, 18, {{2, 16, 4}, {0, 2, 2}}},
         {GGML_TYPE_MXFP4, Kind::blocks, 32, 17, {{1, 16, 4}, {0, 1, 1}}},
-        {GGML_TYPE_Q2_K, Kind::super_blocks, 256, 84, {{16, 64, 4}, {0, 16, 1}, {80, 4, 2}}},
-        {GGML_TYPE_Q3_K, Kind::super_blocks, 256, 110, {{0, 32, 4}, {32, 64, 4}, {96, 12, 1}, {108, 2, 2}}},
-        {GGML_TYPE_Q4_K, Kind::super_blocks, 256, 144, {{16, 128, 4}, {4, 12, 1}, {0, 4, 2}}},
-        {GGML_TYPE_Q5_K, Kind::super_blocks, 256, 176, {{16, 32, 4}, {48, 128, 4}, {4, 12, 1}, {0, 4, 2}}},
-        {GGML_TYPE_Q6_K, Kind::super_blocks, 256, 210, {{0, 128, 4}, {128, 64, 4}, {192, 16, 1}, {208, 2, 2}}},
-        {GGML_TYPE_IQ4_XS, Kind::super_blocks, 256, 136, {{8, 128, 4}, {2, 2, 1}, {4, 4, 1}, {0, 2, 2}}},
+        {GGML_TYPE_Q2_K, Kind::super_blocks, 256, 84, {{0, 16, 1}, {80, 4, 2}, {16, 64, 4}}},
+        {GGML_TYPE_Q3_K, Kind::super_blocks, 256, 110, {{96, 12, 1}, {108, 2, 2}, {0, 32, 4}, {32, 64, 4}}},
+        {GGML_TYPE_Q4_K, Kind::super_blocks, 256, 144, {{4, 12, 1}, {0, 4, 2}, {16, 128, 4}}},
+        {GGML_TYPE_Q5_K, Kind::super_blocks, 256, 176, {{4, 12, 1}, {0, 4, 2}, {16, 32, 4}, {48, 128, 4}}},
+        {GGML_TYPE_Q6_K, Kind::super_blocks, 256, 210, {{192, 16, 1}, {208, 2, 2}, {0, 16, 4}, {32, 16, 4}, {128, 16, 4}, {16, 16, 4}, {48, 16, 4}, {144, 16, 4},
+                                                   {64, 16, 4}, {96, 16, 4}, {160, 16, 4}, {80, 16, 4}, {112, 16, 4}, {176, 16, 4}}},
+        {GGML_TYPE_IQ4_XS, Kind::super_blocks, 256, 136, {{2, 2, 1}, {4, 4, 1}, {0, 2, 2}, {8, 128, 4}}},
         {GGML_TYPE_F16, Kind::floats, 16, 32, {{0, 32, 2}}},
         {GGML_TYPE_BF16, Kind::floats, 16, 32, {{0, 32, 2}}},
     };

@@ -93,11 +93,11 @@ inline typename Arch::Floats block_minimums(const std::uint8_t* group, typename 
     }
 }
 
-// Weights are read once and in an order that hardware does not foresee. With each span, because a processor drops or delays what it is asked for
-// in one go. Reaching past the last ones does no harm.
+// Weights are read once, from the beginning to the end. What hardware fetches by itself stops at the end of each page, and is late while there
+// is much to compute; further ahead than this it is disturbed instead (measured on Zen 3). Reaching past the last ones does no harm.
 template <class F, class Span>
 inline void prefetch_span(const std::uint8_t* group, Span span) {
-    constexpr int kBytesAhead = 16384;
+    constexpr int kBytesAhead = 512;
     constexpr int kLines = (F::kBytes * kGroupRows / 64 + F::kSpans - 1) / F::kSpans;
     for_constants<kLines>([&](auto line) { __builtin_prefetch(group + kBytesAhead + 64 * (span * kLines + line)); });
 }

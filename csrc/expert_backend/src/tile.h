@@ -193,7 +193,7 @@ struct Mxfp4 : Block<256> {
 
 struct Q2_K {
     static constexpr ggml_type kType = GGML_TYPE_Q2_K;
-    static constexpr int kBytes = 84, kSub = 16, kLargest = 3, kRaised = 0, kSpans = 4, kSpanSubs = 4, kFactors = 1280;
+    static constexpr int kBytes = 84, kSub = 16, kLargest = 3, kRaised = 0, kSpans = 4, kSpanSubs = 4, kFactors = 256, kQuants = 320;
     static constexpr bool kSuperBlock = true, kSigned = false, kMinimums = true;
 
     // Two spans have the first half of the columns.
@@ -201,30 +201,29 @@ struct Q2_K {
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span span, Take take) {
         for_constants<4>([&](auto step) {
-            const auto quants = Arch::load(group + 64 * (4 * span + step));
+            const auto quants = Arch::load(group + kQuants + 64 * (4 * span + step));
             for_constants<4>([&](auto i) { take(i, step, Arch::template bits<2 * i, 2, 0>(quants)); });
         });
     }
     static void sub_scales(const std::uint8_t* group, SubScales& to) {
-        const std::uint8_t* bytes = group + 1024;
         for (int i = 0; i < 32; i++) {
-            set_word(to.scales, i, word(bytes, i) & each(15));
-            set_word(to.minimums, i, word(bytes, i) >> 4 & each(15));
+            set_word(to.scales, i, word(group, i) & each(15));
+            set_word(to.minimums, i, word(group, i) >> 4 & each(15));
         }
     }
 };
 
 struct Q3_K {
     static constexpr ggml_type kType = GGML_TYPE_Q3_K;
-    static constexpr int kBytes = 110, kSub = 16, kLargest = 7, kRaised = 4, kSpans = 4, kSpanSubs = 4, kFactors = 1728;
+    static constexpr int kBytes = 110, kSub = 16, kLargest = 7, kRaised = 4, kSpans = 4, kSpanSubs = 4, kFactors = 192, kHigh = 224, kLow = 736;
     static constexpr bool kSuperBlock = true, kSigned = false, kMinimums = false;
 
     static constexpr int sub(int span, int i) { return Q2_K::sub(span, i); }
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span span, Take take) {
         for_constants<4>([&](auto step) {
-            const auto high = Arch::load(group + 64 * (4 * (span % 2) + step));
-            const auto low = Arch::load(group + 512 + 64 * (4 * span + step));
+            const auto high = Arch::load(group + kHigh + 64 * (4 * (span % 2) + step));
+            const auto low = Arch::load(group + kLow + 64 * (4 * span + step));
             for_constants<4>([&](auto i) {
                 take(i, step, Arch::bit_or(Arch::template bits<2 * i, 2, 0>(low), Arch::template bits<4 * (span / 2) + i, 1, 2>(high)));
             });
@@ -232,13 +231,12 @@ struct Q3_K {
     }
     // 6 bits each: four in the first eight bytes, as nibbles, two in the last four.
     static void sub_scales(const std::uint8_t* group, SubScales& to) {
-        const std::uint8_t* bytes = group + 1536;
         for (int i = 0; i < 8; i++) {
-            const Word high = word(bytes + 128, i);
-            set_word(to.scales, i, less_32((word(bytes, i) & each(15)) | (high << 4 & each(48))));
-            set_word(to.scales + 4 * kGroupRows, i, less_32((word(bytes + 64, i) & each(15)) | (high << 2 & each(48))));
-            set_word(to.scales + 8 * kGroupRows, i, less_32((word(bytes, i) >> 4 & each(15)) | (high & each(48))));
-            set_word(to.scales + 12 * kGroupRows, i, less_32((word(bytes + 64, i) >> 4 & each(15)) | (high >> 2 & each(48))));
+            const Word high = word(group + 128, i);
+            set_word(to.scales, i, less_32((word(group, i) & each(15)) | (high << 4 & each(48))));
+            set_word(to.scales + 4 * kGroupRows, i, less_32((word(group + 64, i) & each(15)) | (high << 2 & each(48))));
+            set_word(to.scales + 8 * kGroupRows, i, less_32((word(group, i) >> 4 & each(15)) | (high & each(48))));
+            set_word(to.scales + 12 * kGroupRows, i, less_32((word(group + 64, i) >> 4 & each(15)) | (high >> 2 & each(48))));
         }
     }
 };
@@ -258,78 +256,78 @@ inline void six_bits(const std::uint8_t* bytes, SubScales& to) {
 
 struct Q4_K {
     static constexpr ggml_type kType = GGML_TYPE_Q4_K;
-    static constexpr int kBytes = 144, kSub = 32, kLargest = 15, kRaised = 0, kSpans = 4, kSpanSubs = 2, kFactors = 2240;
+    static constexpr int kBytes = 144, kSub = 32, kLargest = 15, kRaised = 0, kSpans = 4, kSpanSubs = 2, kFactors = 192, kQuants = 256;
     static constexpr bool kSuperBlock = true, kSigned = false, kMinimums = true;
 
     static constexpr int sub(int span, int i) { return 2 * span + i; }
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span span, Take take) {
         for_constants<8>([&](auto step) {
-            const auto both = Arch::load(group + 64 * (8 * span + step));
+            const auto both = Arch::load(group + kQuants + 64 * (8 * span + step));
             take(kAt<0>, step, Arch::low_nibbles(both));
             take(kAt<1>, step, Arch::high_nibbles(both));
         });
     }
-    static void sub_scales(const std::uint8_t* group, SubScales& to) { six_bits(group + 2048, to); }
+    static void sub_scales(const std::uint8_t* group, SubScales& to) { six_bits(group, to); }
 };
 
 struct Q5_K {
     static constexpr ggml_type kType = GGML_TYPE_Q5_K;
-    static constexpr int kBytes = 176, kSub = 32, kLargest = 31, kRaised = 0, kSpans = 4, kSpanSubs = 2, kFactors = 2752;
+    static constexpr int kBytes = 176, kSub = 32, kLargest = 31, kRaised = 0, kSpans = 4, kSpanSubs = 2, kFactors = 192, kHigh = 256, kLow = 768;
     static constexpr bool kSuperBlock = true, kSigned = false, kMinimums = true;
 
     static constexpr int sub(int span, int i) { return 2 * span + i; }
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span span, Take take) {
         for_constants<8>([&](auto step) {
-            const auto high = Arch::load(group + 64 * step);
-            const auto both = Arch::load(group + 512 + 64 * (8 * span + step));
+            const auto high = Arch::load(group + kHigh + 64 * step);
+            const auto both = Arch::load(group + kLow + 64 * (8 * span + step));
             take(kAt<0>, step, Arch::bit_or(Arch::low_nibbles(both), Arch::template bits<2 * span, 1, 4>(high)));
             take(kAt<1>, step, Arch::bit_or(Arch::high_nibbles(both), Arch::template bits<2 * span + 1, 1, 4>(high)));
         });
     }
-    static void sub_scales(const std::uint8_t* group, SubScales& to) { six_bits(group + 2560, to); }
+    static void sub_scales(const std::uint8_t* group, SubScales& to) { six_bits(group, to); }
 };
 
 struct Q6_K {
     static constexpr ggml_type kType = GGML_TYPE_Q6_K;
-    static constexpr int kBytes = 210, kSub = 16, kLargest = 63, kRaised = 32, kSpans = 4, kSpanSubs = 4, kFactors = 3328;
+    static constexpr int kBytes = 210, kSub = 16, kLargest = 63, kRaised = 32, kSpans = 4, kSpanSubs = 4, kFactors = 256, kQuants = 288;
     static constexpr bool kSuperBlock = true, kSigned = false, kMinimums = false;
 
     static constexpr int sub(int span, int i) { return Q2_K::sub(span, i); }
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span span, Take take) {
         for_constants<4>([&](auto step) {
-            const std::uint8_t* low = group + 64 * (16 * (span / 2) + 4 * (span % 2) + step);
-            const auto first = Arch::load(low);
-            const auto second = Arch::load(low + 512);
-            const auto high = Arch::load(group + 2048 + 64 * (4 * span + step));
+            const std::uint8_t* quants = group + kQuants + 64 * (12 * span + step);
+            const auto first = Arch::load(quants);
+            const auto second = Arch::load(quants + 256);
+            const auto high = Arch::load(quants + 512);
             take(kAt<0>, step, Arch::bit_or(Arch::low_nibbles(first), Arch::template bits<0, 2, 4>(high)));
             take(kAt<1>, step, Arch::bit_or(Arch::low_nibbles(second), Arch::template bits<2, 2, 4>(high)));
             take(kAt<2>, step, Arch::bit_or(Arch::high_nibbles(first), Arch::template bits<4, 2, 4>(high)));
             take(kAt<3>, step, Arch::bit_or(Arch::high_nibbles(second), Arch::template bits<6, 2, 4>(high)));
         });
     }
-    static void sub_scales(const std::uint8_t* group, SubScales& to) { std::memcpy(to.scales, group + 3072, sizeof to.scales); }
+    static void sub_scales(const std::uint8_t* group, SubScales& to) { std::memcpy(to.scales, group, sizeof to.scales); }
 };
 
 struct Iq4Xs {
     static constexpr ggml_type kType = GGML_TYPE_IQ4_XS;
-    static constexpr int kBytes = 136, kSub = 32, kLargest = 127, kRaised = 0, kSpans = 8, kSpanSubs = 1, kFactors = 2144;
+    static constexpr int kBytes = 136, kSub = 32, kLargest = 127, kRaised = 0, kSpans = 8, kSpanSubs = 1, kFactors = 96, kQuants = 128;
     static constexpr bool kSuperBlock = true, kSigned = true, kMinimums = false;
 
     static constexpr int sub(int span, int) { return span; }
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span span, Take take) {
         const auto values = Arch::table(kIq4Values<Arch::kOffset>.at);
-        take_nibbles<Arch>(group + 256 * span, [&](auto step, auto nibbles) { take(kAt<0>, step, Arch::look_up(values, nibbles)); });
+        take_nibbles<Arch>(group + kQuants + 256 * span, [&](auto step, auto nibbles) { take(kAt<0>, step, Arch::look_up(values, nibbles)); });
     }
     // 6 bits each: two in the first two bytes, four in the others, as nibbles.
     static void sub_scales(const std::uint8_t* group, SubScales& to) {
         for (int sub = 0; sub < 8; sub++) {
             for (int i = 0; i < 2; i++) {
-                const Word high = word(group + 2048 + 16 * (sub / 4), i) >> (2 * (sub % 4)) & each(3);
-                const Word low = word(group + 2080 + 16 * (sub / 2), i) >> (4 * (sub % 2)) & each(15);
+                const Word high = word(group + 16 * (sub / 4), i) >> (2 * (sub % 4)) & each(3);
+                const Word low = word(group + 32 + 16 * (sub / 2), i) >> (4 * (sub % 2)) & each(15);
                 set_word(to.scales + sub * kGroupRows, i, less_32(low | high << 4));
             }
         }
