@@ -1,5 +1,6 @@
 #include "buffers.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -68,6 +69,18 @@ std::vector<std::uint8_t> read_groups(const ExpertWeights& weights, const Groups
     return bytes;
 }
 
+// Piece by piece, so that not all of a large tensor is in memory twice.
+void place(ExpertWeights& weights, const Groups& groups, const std::uint8_t* data) {
+    constexpr std::size_t kPiece = 16 << 20;
+    const std::size_t step = std::max<std::size_t>(1, kPiece / weights.group_bytes());
+    for (std::size_t group = groups.first; group < groups.last; group += step) {
+        const std::size_t count = std::min(step, groups.last - group);
+        weights.place(static_cast<std::int64_t>(group) * kGroupRows, static_cast<std::int64_t>(count) * kGroupRows, data);
+        release_pages(data, count * weights.group_bytes());
+        data += count * weights.group_bytes();
+    }
+}
+
 ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
     if (const Format* format = packable(tensor)) {
         auto weights = std::make_unique<ExpertWeights>(*format, tensor->ne[0], tensor->ne[1], tensor->ne[2], static_cast<std::uint8_t*>(tensor->data));
@@ -86,8 +99,7 @@ void set_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, st
     }
     const Groups groups(*weights, offset, size);
     if (groups.whole) {
-        weights->place(groups.first_row(), groups.rows(), static_cast<const std::uint8_t*>(data));
-        release_pages(data, size);
+        place(*weights, groups, static_cast<const std::uint8_t*>(data));
         return;
     }
     auto bytes = read_groups(*weights, groups);
