@@ -516,7 +516,7 @@ TEST_CASE("packed weights are written and read in pieces") {
     for (const auto type : formats()) {
         const std::int64_t k = 256;
         const std::int64_t rows = 48;
-        const ggml_init_params params{ggml_tensor_overhead() * 2, nullptr, /*no_alloc=*/true};
+        const ggml_init_params params{ggml_tensor_overhead() * 8, nullptr, /*no_alloc=*/true};
         const ggml_context_ptr context(ggml_init(params));
         ggml_tensor* weights = ggml_new_tensor_3d(context.get(), type, k, rows, 3);
         const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(context.get(), expert_buffer_type()));
@@ -537,5 +537,15 @@ TEST_CASE("packed weights are written and read in pieces") {
         std::vector<std::uint8_t> part(777);
         ggml_backend_tensor_get(weights, part.data(), 1000, part.size());
         CHECK(std::equal(part.begin(), part.end(), bytes.begin() + 1000));
+
+        // A view has its part of the bytes, and is not multiplied with as if it were packed.
+        const std::size_t from = 17 * weights->nb[1];
+        ggml_tensor* rows_of_first = ggml_view_2d(context.get(), weights, k, 5, weights->nb[1], from);
+        REQUIRE(ggml_backend_view_init(rows_of_first) == GGML_STATUS_SUCCESS);
+        std::vector<std::uint8_t> viewed(ggml_nbytes(rows_of_first));
+        ggml_backend_tensor_get(rows_of_first, viewed.data(), 0, viewed.size());
+        CHECK(std::equal(viewed.begin(), viewed.end(), bytes.begin() + static_cast<std::ptrdiff_t>(from)));
+        ggml_tensor* activations = ggml_new_tensor_1d(context.get(), GGML_TYPE_F32, k);
+        CHECK(!ggml_backend_dev_supports_op(expert_device(), ggml_mul_mat(context.get(), rows_of_first, activations)));
     }
 }

@@ -91,7 +91,17 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
     return GGML_STATUS_SUCCESS;
 }
 
+// Of a view, its bytes in the whole tensor.
+template <class Tensor>
+void find_whole(Tensor*& tensor, std::size_t& offset) {
+    if (tensor->view_src) {
+        offset += tensor->view_offs;
+        tensor = tensor->view_src;
+    }
+}
+
 void set_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, std::size_t offset, std::size_t size) {
+    find_whole(tensor, offset);
     ExpertWeights* weights = weights_of(tensor);
     if (!weights) {
         std::memcpy(static_cast<char*>(tensor->data) + offset, data, size);
@@ -108,6 +118,7 @@ void set_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, st
 }
 
 void get_tensor(ggml_backend_buffer_t, const ggml_tensor* tensor, void* data, std::size_t offset, std::size_t size) {
+    find_whole(tensor, offset);
     const ExpertWeights* weights = weights_of(tensor);
     if (!weights) {
         std::memcpy(data, static_cast<const char*>(tensor->data) + offset, size);

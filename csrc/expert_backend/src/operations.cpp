@@ -39,6 +39,9 @@ bool is_product(const ggml_tensor* op) {
     if (!is_ours(weights) || !are_rows(op->src[1]) || !are_rows(op) || weights->ne[3] != 1) {
         return false;
     }
+    if (weights->view_src && packed_weights(weights->view_src)) {
+        return false;  // a part of packed weights: ggml copies it from here, unpacked
+    }
     const bool experts = op->op == GGML_OP_MUL_MAT_ID;
     if (experts ? op->src[2]->type != GGML_TYPE_I32 : weights->ne[2] != 1) {
         return false;
