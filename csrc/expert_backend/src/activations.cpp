@@ -22,9 +22,10 @@ void Activations::resize(ActivationKind kind, std::int64_t k, std::int64_t rows)
         return;
     }
     blocks_ = k / (kind == ActivationKind::super_blocks ? 256 : 32);
+    sums_of_block_ = kind == ActivationKind::super_blocks ? kSumsOfSuperBlock : 1;
     grow(values_, rows * k);
     grow(scales_, rows * blocks_);
-    grow(sums_, rows * blocks_ * (kind == ActivationKind::super_blocks ? kSumsOfSuperBlock : 1));
+    grow(sums_, rows * blocks_ * sums_of_block_);
 }
 
 void Activations::set_row(std::int64_t row, const float* values) {
@@ -32,8 +33,7 @@ void Activations::set_row(std::int64_t row, const float* values) {
         std::memcpy(floats_.data() + row * k_, values, static_cast<std::size_t>(k_) * sizeof(float));
         return;
     }
-    const std::int64_t sums = kind_ == ActivationKind::super_blocks ? kSumsOfSuperBlock : 1;
-    round_row_(kind_, k_, values, values_.data() + row * k_, scales_.data() + row * blocks_, sums_.data() + row * blocks_ * sums);
+    round_row_(kind_, k_, values, values_.data() + row * k_, scales_.data() + row * blocks_, sums_.data() + row * blocks_ * sums_of_block_);
 }
 
 }  // namespace llama_moe::experts

@@ -38,7 +38,8 @@ class Activations {
     const RoundRow round_row_;
     ActivationKind kind_ = ActivationKind::floats;
     std::int64_t k_ = 0;
-    std::int64_t blocks_ = 0;
+    std::int64_t blocks_ = 0;         // of a row
+    std::int64_t sums_of_block_ = 1;
     std::vector<float> floats_;
     std::vector<std::int8_t> values_;
     std::vector<float> scales_;

@@ -36,8 +36,9 @@ Buffer& buffer_of(ggml_backend_buffer_t buffer) {
     return *static_cast<Buffer*>(buffer->context);
 }
 
+// Of a whole tensor of ours; null for one that is as ggml has it.
 ExpertWeights* weights_of(const ggml_tensor* tensor) {
-    return tensor->view_src == nullptr ? static_cast<ExpertWeights*>(tensor->extra) : nullptr;
+    return static_cast<ExpertWeights*>(tensor->extra);
 }
 
 void free_buffer(ggml_backend_buffer_t buffer) {
@@ -172,7 +173,7 @@ const Format* packable(const ggml_tensor* tensor) {
 }
 
 const ExpertWeights* packed_weights(const ggml_tensor* tensor) {
-    return is_ours(tensor) ? weights_of(tensor) : nullptr;
+    return is_ours(tensor) && tensor->view_src == nullptr ? weights_of(tensor) : nullptr;
 }
 
 ggml_backend_buffer_type_t expert_buffer_type() {

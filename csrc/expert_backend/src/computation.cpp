@@ -9,9 +9,6 @@
 namespace llama_moe::experts {
 namespace {
 
-// So few rows are computed sooner than other threads have begun.
-constexpr std::int64_t kRowsOfThread = 4;
-
 template <class T = float>
 T* at(const ggml_tensor* tensor, std::int64_t i0, std::int64_t i1, std::int64_t i2, std::int64_t i3 = 0) {
     return reinterpret_cast<T*>(static_cast<char*>(tensor->data) + static_cast<std::size_t>(i0) * tensor->nb[0] +
@@ -76,8 +73,7 @@ bool Computation::compute(const ggml_cgraph& graph) {
 // Calls work(row's number) for each row of a tensor, in parallel.
 template <class Work>
 void Computation::for_each_row(const ggml_tensor* tensor, Work work) const {
-    const std::int64_t rows = ggml_nrows(tensor);
-    for_each_in_parallel(static_cast<int>(std::min<std::int64_t>(threads_, (rows + kRowsOfThread - 1) / kRowsOfThread)), rows, work);
+    for_each_row_in_parallel(threads_, ggml_nrows(tensor), work);
 }
 
 bool Computation::compute(ggml_tensor* node) {
@@ -94,7 +90,7 @@ bool Computation::compute(ggml_tensor* node) {
         case GGML_OP_GLU: {
             const Glu glu = *glu_of(node);
             for_each_row(node, [&](std::int64_t i) {
-                usable_kernels().front().apply_glu(glu, row_of(node->src[0], i), row_of(node->src[1], i), row_of(node, i), columns);
+                kernels_.apply_glu(glu, row_of(node->src[0], i), row_of(node->src[1], i), row_of(node, i), columns);
             });
             break;
         }

@@ -32,7 +32,8 @@ class Computation {
     void for_each_row(const ggml_tensor* tensor, Work work) const;
 
     int threads_ = 1;
-    Multiplication multiplication_{usable_kernels().front()};
+    const KernelSet& kernels_ = usable_kernels().front();
+    Multiplication multiplication_{kernels_};
     std::vector<Assignment> assignments_;
     std::vector<float> router_weights_;
 };

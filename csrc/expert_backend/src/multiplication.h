@@ -68,10 +68,7 @@ class Multiplication {
 template <class Row>
 void Multiplication::set_activations(const Format& format, std::int64_t k, std::int64_t rows, int threads, Row row) {
     activations_.resize(format.activations, k, rows);
-    // A few rows are rounded sooner than other threads have begun.
-    constexpr std::int64_t kRowsOfThread = 4;
-    const int used = static_cast<int>(std::min<std::int64_t>(threads, (rows + kRowsOfThread - 1) / kRowsOfThread));
-    for_each_in_parallel(used, rows, [&](std::int64_t i) { activations_.set_row(i, row(i)); });
+    for_each_row_in_parallel(threads, rows, [&](std::int64_t i) { activations_.set_row(i, row(i)); });
 }
 
 }  // namespace llama_moe::experts

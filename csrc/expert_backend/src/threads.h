@@ -45,4 +45,11 @@ void for_each_in_parallel(int threads, std::int64_t count, Work work) {
     });
 }
 
+// The same for rows of numbers, of which a few are done sooner than other threads have begun.
+template <class Work>
+void for_each_row_in_parallel(int threads, std::int64_t rows, Work work) {
+    constexpr std::int64_t kRowsOfThread = 4;
+    for_each_in_parallel(static_cast<int>(std::min<std::int64_t>(threads, (rows + kRowsOfThread - 1) / kRowsOfThread)), rows, work);
+}
+
 }  // namespace llama_moe::experts
