@@ -21,11 +21,12 @@ void Activations::resize(ActivationKind kind, std::int64_t k, std::int64_t rows)
         grow(floats_, rows * k);
         return;
     }
-    blocks_ = k / (kind == ActivationKind::super_blocks ? 256 : 32);
-    sums_of_block_ = kind == ActivationKind::super_blocks ? kSumsOfSuperBlock : 1;
+    const bool super_blocks = kind == ActivationKind::super_blocks;
+    blocks_ = k / (super_blocks ? 256 : 32);
     grow(values_, rows * k);
     grow(scales_, rows * blocks_);
-    grow(sums_, rows * blocks_ * sums_of_block_);
+    grow(sums_, super_blocks ? 0 : rows * blocks_);
+    grow(sums_of_super_blocks_, super_blocks ? rows * blocks_ : 0);
 }
 
 void Activations::set_row(std::int64_t row, const float* values) {
@@ -33,7 +34,11 @@ void Activations::set_row(std::int64_t row, const float* values) {
         std::memcpy(floats_.data() + row * k_, values, static_cast<std::size_t>(k_) * sizeof(float));
         return;
     }
-    round_row_(kind_, k_, values, values_.data() + row * k_, scales_.data() + row * blocks_, sums_.data() + row * blocks_ * sums_of_block_);
+    const std::int64_t block = row * blocks_;
+    const bool super_blocks = kind_ == ActivationKind::super_blocks;
+    round_row_(kind_, k_, values,
+               {values_.data() + row * k_, scales_.data() + block, super_blocks ? nullptr : sums_.data() + block,
+                super_blocks ? sums_of_super_blocks_.data() + block : nullptr});
 }
 
 }  // namespace llama_moe::experts

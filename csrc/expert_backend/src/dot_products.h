@@ -28,10 +28,14 @@ struct DotProducts : Vectors {
         sums = Vectors::dot(sums, weights, values);
     }
     static Ints to_ints(Sums sums) { return sums; }
+    static constexpr bool kPairs = false;
 
     using Scale = Floats;
     using Scaled = Floats;
-    static Scale make_scale(const std::int8_t* bytes, Floats factors) { return Vectors::multiply(Vectors::from_bytes(bytes), factors); }
+    template <class F>
+    static Scale make_scale(const std::int8_t* bytes, Floats factors) {
+        return Vectors::multiply(Vectors::from_bytes(bytes), factors);
+    }
     static Scaled zero_scaled() { return Vectors::broadcast(0.0f); }
     static void add_scaled(Scaled& products, Sums sums, Scale scale) { products = Vectors::fma(Vectors::to_floats(sums), scale, products); }
     static Floats total(Scaled products, Floats) { return products; }

@@ -95,31 +95,40 @@ inline float round_block(const float* values, std::int64_t count, std::int8_t* r
     return largest / 127.0f;
 }
 
-template <int Count>
-inline float sum_of(const std::int8_t* rounded) {
-    int sum = 0;
-    for (int i = 0; i < Count; i++) {
-        sum += rounded[i];
+inline void sum_up(const std::int8_t* rounded, SumsOfSuperBlock& sums) {
+    for (int i = 0; i < 16; i++, rounded += 16) {
+        int halves[2] = {};
+        for (int j = 0; j < 16; j++) {
+            halves[j % 4 / 2] += rounded[j];
+        }
+        sums.halves_of_16[i][0] = static_cast<std::int16_t>(halves[0]);
+        sums.halves_of_16[i][1] = static_cast<std::int16_t>(halves[1]);
+        sums.integers_of_16[i] = static_cast<std::int16_t>(halves[0] + halves[1]);
+        sums.of_16[i] = sums.integers_of_16[i];
     }
-    return static_cast<float>(sum);
+    for (int i = 0; i < 8; i++) {
+        sums.integers_of_32[i] = static_cast<std::int16_t>(sums.integers_of_16[2 * i] + sums.integers_of_16[2 * i + 1]);
+        sums.of_32[i] = sums.integers_of_32[i];
+    }
 }
 
-inline void round_row(ActivationKind kind, std::int64_t k, const float* values, std::int8_t* rounded, float* scales, float* sums) {
+inline void round_row(ActivationKind kind, std::int64_t k, const float* values, const RoundedRow& to) {
     if (kind == ActivationKind::super_blocks) {
-        for (std::int64_t b = 0; b < k / 256; b++, values += 256, rounded += 256, sums += kSumsOfSuperBlock) {
-            scales[b] = round_block(values, 256, rounded);
-            for (int i = 0; i < 16; i++) {
-                sums[i] = sum_of<16>(rounded + 16 * i);
-            }
-            for (int i = 0; i < 8; i++) {
-                sums[16 + i] = sums[2 * i] + sums[2 * i + 1];
-            }
+        for (std::int64_t b = 0; b < k / 256; b++) {
+            std::int8_t* rounded = to.values + 256 * b;
+            to.scales[b] = round_block(values + 256 * b, 256, rounded);
+            sum_up(rounded, to.sums_of_super_blocks[b]);
         }
         return;
     }
-    for (std::int64_t b = 0; b < k / 32; b++, values += 32, rounded += 32) {
-        scales[b] = round_block(values, 32, rounded);
-        sums[b] = scales[b] * sum_of<32>(rounded);
+    for (std::int64_t b = 0; b < k / 32; b++) {
+        std::int8_t* rounded = to.values + 32 * b;
+        to.scales[b] = round_block(values + 32 * b, 32, rounded);
+        int sum = 0;
+        for (int i = 0; i < 32; i++) {
+            sum += rounded[i];
+        }
+        to.sums[b] = to.scales[b] * static_cast<float>(sum);
     }
 }
 

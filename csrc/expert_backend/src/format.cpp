@@ -14,46 +14,22 @@ const std::vector<Format>& formats() {
     static const std::vector<Format> all = {
         {GGML_TYPE_Q4_0, Kind::blocks, 32, 18, {{2, 16, 4}, {0, 2, 2}}},
         {GGML_TYPE_Q4_1, Kind::blocks, 32, 20, {{4, 16, 4}, {0, 4, 2}}},
-        {GGML_TYPE_Q5_0, Kind::blocks, 32, 22, {{6, 16, 4}, {2, 4, 4}, {0, 2, 2}}, true},
-        {GGML_TYPE_Q5_1, Kind::blocks, 32, 24, {{8, 16, 4}, {4, 4, 4}, {0, 4, 2}}, true},
+        {GGML_TYPE_Q5_0, Kind::blocks, 32, 22, {{6, 16, 4}, {2, 4, 4}, {0, 2, 2}}, &arrangement_of_q5},
+        {GGML_TYPE_Q5_1, Kind::blocks, 32, 24, {{8, 16, 4}, {4, 4, 4}, {0, 4, 2}}, &arrangement_of_q5},
         {GGML_TYPE_Q8_0, Kind::blocks, 32, 34, {{2, 32, 4}, {0, 2, 2}}},
         {GGML_TYPE_IQ4_NL, Kind::blocks, 32, 18, {{2, 16, 4}, {0, 2, 2}}},
         {GGML_TYPE_MXFP4, Kind::blocks, 32, 17, {{1, 16, 4}, {0, 1, 1}}},
         {GGML_TYPE_Q2_K, Kind::super_blocks, 256, 84, {{0, 16, 1}, {80, 4, 2}, {16, 64, 4}}},
-        {GGML_TYPE_Q3_K, Kind::super_blocks, 256, 110, {{96, 12, 1}, {108, 2, 2}, {0, 32, 4}, {32, 64, 4}}},
+        {GGML_TYPE_Q3_K, Kind::super_blocks, 256, 110, {{96, 12, 1}, {108, 2, 2}, {0, 32, 4}, {32, 64, 4}}, &arrangement_of_q3_k},
         {GGML_TYPE_Q4_K, Kind::super_blocks, 256, 144, {{4, 12, 1}, {0, 4, 2}, {16, 128, 4}}},
-        {GGML_TYPE_Q5_K, Kind::super_blocks, 256, 176, {{4, 12, 1}, {0, 4, 2}, {16, 32, 4}, {48, 128, 4}}},
+        {GGML_TYPE_Q5_K, Kind::super_blocks, 256, 176, {{4, 12, 1}, {0, 4, 2}, {16, 32, 4}, {48, 128, 4}}, &arrangement_of_q5_k},
         {GGML_TYPE_Q6_K, Kind::super_blocks, 256, 210, {{192, 16, 1}, {208, 2, 2}, {0, 16, 4}, {32, 16, 4}, {128, 16, 4}, {16, 16, 4}, {48, 16, 4}, {144, 16, 4},
-                                                   {64, 16, 4}, {96, 16, 4}, {160, 16, 4}, {80, 16, 4}, {112, 16, 4}, {176, 16, 4}}},
+                                                   {64, 16, 4}, {96, 16, 4}, {160, 16, 4}, {80, 16, 4}, {112, 16, 4}, {176, 16, 4}}, &arrangement_of_q6_k},
         {GGML_TYPE_IQ4_XS, Kind::super_blocks, 256, 136, {{2, 2, 1}, {4, 4, 1}, {0, 2, 2}, {8, 128, 4}}},
         {GGML_TYPE_F16, Kind::floats, 16, 32, {{0, 32, 2}}},
         {GGML_TYPE_BF16, Kind::floats, 16, 32, {{0, 32, 2}}},
     };
     return all;
-}
-
-// Bit i of the word is the high bit of weight i of the block. Step s of the lower half needs bits 4s to 4s+3, that of the upper half
-// those 16 further on, one in each byte of a lane: bit 2s of byte b for the lower half, bit 2s+1 for the upper one.
-std::uint32_t spread_bits(std::uint32_t bits) {
-    std::uint32_t spread = 0;
-    for (unsigned step = 0; step < 4; step++) {
-        for (unsigned half = 0; half < 2; half++) {
-            const std::uint32_t four = (bits >> (16 * half + 4 * step)) & 15;
-            spread |= ((four * 0x00204081u) & 0x01010101u) << (2 * step + half);  // copies 7 bits apart put bit b into byte b
-        }
-    }
-    return spread;
-}
-
-std::uint32_t gather_bits(std::uint32_t spread) {
-    std::uint32_t bits = 0;
-    for (unsigned step = 0; step < 4; step++) {
-        for (unsigned half = 0; half < 2; half++) {
-            const std::uint32_t four = ((spread >> (2 * step + half)) & 0x01010101u) * 0x01020408u >> 24;  // the same the other way round
-            bits |= four << (16 * half + 4 * step);
-        }
-    }
-    return bits;
 }
 
 // to[column][row] = from[row][column], of elements that lie next to each other in a row of either; strides are bytes. In squares of four,
@@ -101,16 +77,6 @@ void prefetch(const std::uint8_t* from, std::size_t bytes) {
     }
 }
 
-template <class Reorder>
-void reorder_words(std::uint8_t* words, Reorder reorder) {
-    for (std::size_t row = 0; row < kGroupRows; row++) {
-        std::uint32_t word;
-        std::memcpy(&word, words + 4 * row, 4);
-        word = reorder(word);
-        std::memcpy(words + 4 * row, &word, 4);
-    }
-}
-
 }  // namespace
 
 const Format* find_format(ggml_type type) {
@@ -128,13 +94,14 @@ void pack_group(const Format& format, std::int64_t k, const std::uint8_t* rows, 
     const std::size_t row_bytes = blocks * format.block_bytes;
     for (std::size_t b = 0; b < blocks; b++) {
         prefetch(rows + kGroupRows * (row_bytes + b * format.block_bytes), kGroupRows * format.block_bytes);
+        std::uint8_t* block = group;
         for (const auto& segment : format.segments) {
             transpose(segment.granule, rows + b * format.block_bytes + segment.offset, row_bytes, kGroupRows, segment.size / segment.granule, group,
                       kGroupRows * segment.granule);
-            if (format.high_bits && segment.size == 4 && segment.granule == 4) {
-                reorder_words(group, spread_bits);
-            }
             group += kGroupRows * segment.size;
+        }
+        if (format.arrangement) {
+            format.arrangement->arrange(block);
         }
     }
 }
@@ -142,18 +109,17 @@ void pack_group(const Format& format, std::int64_t k, const std::uint8_t* rows, 
 void unpack_group(const Format& format, std::int64_t k, const std::uint8_t* group, std::uint8_t* rows) {
     const auto blocks = static_cast<std::size_t>(k / format.block);
     const std::size_t row_bytes = blocks * format.block_bytes;
-    std::uint8_t words[4 * kGroupRows];
-    for (std::size_t b = 0; b < blocks; b++) {
+    std::vector<std::uint8_t> block(kGroupRows * format.block_bytes);
+    for (std::size_t b = 0; b < blocks; b++, group += block.size()) {
+        std::memcpy(block.data(), group, block.size());
+        if (format.arrangement) {
+            format.arrangement->restore(block.data());
+        }
+        const std::uint8_t* from = block.data();
         for (const auto& segment : format.segments) {
-            const std::uint8_t* from = group;
-            if (format.high_bits && segment.size == 4 && segment.granule == 4) {
-                std::memcpy(words, group, sizeof words);
-                reorder_words(words, gather_bits);
-                from = words;
-            }
             transpose(segment.granule, from, kGroupRows * segment.granule, segment.size / segment.granule, kGroupRows,
                       rows + b * format.block_bytes + segment.offset, row_bytes);
-            group += kGroupRows * segment.size;
+            from += kGroupRows * segment.size;
         }
     }
 }

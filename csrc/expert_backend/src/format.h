@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "arrangement.h"
 #include "ggml.h"
 
 namespace llama_moe::experts {
@@ -28,14 +29,15 @@ struct Segment {
 };
 
 // One of ggml's types, packed. A group of 16 rows is as large as the 16 rows were: for each block along k first all granules of
-// the first segment, each with its 16 rows, then those of the second, and so on. ggml-common.h of ggml has the blocks.
+// the first segment, each with its 16 rows, then those of the second, and so on; then the bits of some formats are arranged anew.
+// ggml-common.h of ggml has the blocks.
 struct Format {
     ggml_type type;
     ActivationKind activations;
     std::int64_t block;       // weights
     std::size_t block_bytes;  // of one row
     std::vector<Segment> segments;
-    bool high_bits = false;   // of Q5_0 and Q5_1: 32 bits in one word, which are reordered as well
+    const Arrangement* arrangement = nullptr;
 };
 
 // Null for a type that has no kernels.

@@ -106,8 +106,11 @@ struct Portable {
         return make<Floats>([&](int i) { return ints.at[i]; });
     }
 
+    static constexpr bool kPairs = false;
+
     using Scale = Ints;
     using Scaled = Ints;
+    template <class F>
     static Scale make_scale(const std::int8_t* bytes, const Floats&) {
         return make<Scale>([&](int i) { return bytes[i]; });
     }

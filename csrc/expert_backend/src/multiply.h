@@ -13,8 +13,10 @@
 //   Floats, one for each row: load_floats, store, broadcast, multiply, fma(a, b, c) = a x b + c, and those made from_halves, from_bf16, from_bytes;
 //   Sums, of products of four weights of a row: first_sums<F> and add_products<F>, of steps_of_sums<F>() steps at most;
 //   Ints, sums of any number of steps: to_ints(Sums), add, to_floats;
-//   Scale and Scaled, sums times integer scales: make_scale(bytes, factors), zero_scaled, add_scaled, and total(Scaled, factors), in which
+//   Scale and Scaled, sums times integer scales: make_scale<F>(bytes, factors), zero_scaled, add_scaled, and total(Scaled, factors), in which
 //   the factors are used by one of make_scale and total;
+//   kPairs, whether Sums are pairs of 16-bit numbers, which are few bits: then centre<F>(sums, halves) takes off what raised weights of a
+//   super-block add, and products_of_pairs<count>(minimums, sums) are those of the minimums of subs with the sums of the activations;
 //   kTokensAtOnce: so many tokens are multiplied with weights that are in registers.
 namespace llama_moe::experts {
 namespace {  // see tile.h
@@ -53,19 +55,28 @@ struct TileRows {
     const std::int8_t* values[Tokens];
     const float* scales[Tokens];
     const float* sums[Tokens];
+    const SumsOfSuperBlock* sums_of_super_block[Tokens];
 
     template <class F>
     void set(int t, F, const ActivationRows& activations, std::int64_t row, std::int64_t column) {
         const std::int64_t from = row * activations.k + column;
         values[t] = activations.values + from;
         scales[t] = activations.scales + from / (F::kSuperBlock ? 256 : 32);
-        sums[t] = activations.sums + (F::kSuperBlock ? from / 256 * kSumsOfSuperBlock + (F::kSub == 16 ? 0 : 16) : from / 32);
+        if constexpr (F::kSuperBlock) {
+            const SumsOfSuperBlock& all = activations.sums_of_super_blocks[from / 256];
+            sums[t] = F::kSub == 16 ? all.of_16 : all.of_32;
+            sums_of_super_block[t] = &all;
+        } else {
+            sums[t] = activations.sums + from / 32;
+        }
     }
 };
 
-// What has to be taken off for unpacked weights that are larger than what they stand for.
+// Whether what unpacked weights are too large by is taken off their sums; else it is taken off in the end.
 template <class Arch, class F>
-constexpr int kRaisedBy = F::kSigned ? Arch::kOffset : F::kRaised;
+constexpr bool kCentres = Arch::kPairs && F::kSuperBlock && F::kRaised != 0;
+template <class Arch, class F>
+constexpr int kRaisedBy = F::kSigned ? Arch::kOffset : kCentres<Arch, F> ? 0 : F::kRaised;
 template <class Arch, class F>
 constexpr bool kUsesSums = F::kMinimums || kRaisedBy<Arch, F> != 0;
 
@@ -83,6 +94,21 @@ inline const std::int8_t* minimums_of_sub(const SubScales& scales, int sub) {
     return (F::kMinimums ? scales.minimums : scales.scales) + kGroupRows * sub;
 }
 
+// The minimums of a super-block times the sums of the activations.
+template <class Arch, class F>
+inline typename Arch::Floats multiply_minimums(const SubScales& scales, const TileRows<1>& row) {
+    constexpr int kSubs = kTileColumns / F::kSub;
+    if constexpr (Arch::kPairs && F::kMinimums) {
+        const SumsOfSuperBlock& sums = *row.sums_of_super_block[0];
+        return Arch::to_floats(Arch::template products_of_pairs<kSubs>(scales.minimums, F::kSub == 16 ? sums.integers_of_16 : sums.integers_of_32));
+    } else {
+        auto total = Arch::broadcast(0.0f);
+        for_constants<kSubs>(
+            [&](auto sub) { total = Arch::fma(Arch::from_bytes(minimums_of_sub<F>(scales, sub)), Arch::broadcast(row.sums[0][sub]), total); });
+        return total;
+    }
+}
+
 // What is added for each sum of the activations of a block.
 template <class Arch, class F>
 inline typename Arch::Floats block_minimums(const std::uint8_t* group, typename Arch::Floats scales) {
@@ -93,14 +119,16 @@ inline typename Arch::Floats block_minimums(const std::uint8_t* group, typename 
     }
 }
 
-// Weights are read once, from the beginning to the end. What hardware fetches by itself stops at the end of each page, and is late while there
-// is much to compute; further ahead than this it is disturbed instead (measured on Zen 3). Reaching past the last ones does no harm.
-template <class F, class Span>
-inline void prefetch_span(const std::uint8_t* group, Span span) {
-    constexpr int kBytesAhead = 512;
-    constexpr int kLines = (F::kBytes * kGroupRows / 64 + F::kSpans - 1) / F::kSpans;
-    for_constants<kLines>([&](auto line) { __builtin_prefetch(group + kBytesAhead + 64 * (span * kLines + line)); });
-}
+// Weights are read once, from the beginning to the end. What hardware fetches by itself stops at the end of each page and is late while there is
+// much to compute, and a few loads at once are all that it has in flight: so each load asks for what is read a page later. All of a block's
+// requests at its beginning would be too many (measured on Zen 3). Reaching past the last weights does no harm.
+template <class Arch>
+struct Prefetching : Arch {
+    static typename Arch::Bytes load(const std::uint8_t* from) {
+        __builtin_prefetch(from + 4096);
+        return Arch::load(from);
+    }
+};
 
 // One token, the way text is generated: the weights are multiplied as they are unpacked.
 
@@ -114,11 +142,8 @@ inline typename Arch::Floats add_super_block(const std::uint8_t* group, const Ti
     const auto factors = Arch::from_halves(group + F::kFactors);
     auto products = Arch::zero_scaled();
     for_constants<F::kSpans>([&](auto span) {
-        prefetch_span<F>(group, span);
         typename Arch::Sums sums[F::kSpanSubs][kRuns];
-        typename Arch::Scale sub_scales[F::kSpanSubs];
-        for_constants<F::kSpanSubs>([&](auto i) { sub_scales[i] = Arch::make_scale(scales.scales + kGroupRows * F::sub(span, i), factors); });
-        F::template span<Arch>(group, span, [&](auto i, auto step, auto weights) {
+        F::template span<Prefetching<Arch>>(group, span, [&](auto i, auto step, auto weights) {
             auto& sum = sums[i][step / kStepsOfSums];
             const std::int8_t* values = row.values[0] + F::sub(span, i) * F::kSub + step * kStep;
             if constexpr (step % kStepsOfSums == 0) {
@@ -127,17 +152,16 @@ inline typename Arch::Floats add_super_block(const std::uint8_t* group, const Ti
                 Arch::template add_products<F>(sum, weights, values);
             }
             if constexpr (step % kStepsOfSums == kStepsOfSums - 1) {
-                Arch::add_scaled(products, sum, sub_scales[i]);
+                if constexpr (kCentres<Arch, F>) {
+                    Arch::template centre<F>(sum, row.sums_of_super_block[0]->halves_of_16[F::sub(span, i)]);
+                }
+                Arch::add_scaled(products, sum, Arch::template make_scale<F>(scales.scales + kGroupRows * F::sub(span, i), factors));
             }
         });
     });
     auto sum = Arch::total(products, factors);
     if constexpr (kUsesSums<Arch, F>) {
-        auto minimums = Arch::broadcast(0.0f);
-        for_constants<kTileColumns / F::kSub>([&](auto sub) {
-            minimums = Arch::fma(Arch::from_bytes(minimums_of_sub<F>(scales, sub)), Arch::broadcast(row.sums[0][sub]), minimums);
-        });
-        sum = Arch::fma(minimums, minimum_factors<Arch, F>(group, factors), sum);
+        sum = Arch::fma(multiply_minimums<Arch, F>(scales, row), minimum_factors<Arch, F>(group, factors), sum);
     }
     return Arch::fma(sum, Arch::broadcast(*row.scales[0]), total);
 }
@@ -147,9 +171,8 @@ inline typename Arch::Floats add_block(const std::uint8_t* group, const TileRows
     constexpr int kSteps = F::kSub / kStep;
     constexpr int kStepsOfSums = Arch::template steps_of_sums<F>();
     constexpr int kRuns = kSteps / kStepsOfSums;
-    prefetch_span<F>(group, kAt<0>);
     typename Arch::Sums sums[kRuns];
-    F::template span<Arch>(group, kAt<0>, [&](auto, auto step, auto weights) {
+    F::template span<Prefetching<Arch>>(group, kAt<0>, [&](auto, auto step, auto weights) {
         const std::int8_t* values = row.values[0] + step * kStep;
         if constexpr (step % kStepsOfSums == 0) {
             sums[step / kStepsOfSums] = Arch::template first_sums<F>(weights, values);
@@ -210,8 +233,7 @@ inline void Tile<Arch, F>::unpack(const std::uint8_t* group, int blocks) {
     constexpr int kSteps = F::kSub / kStep;
     for (int b = 0; b < blocks; b++, group += F::kBytes * kGroupRows) {
         for_constants<F::kSpans>([&](auto span) {
-            prefetch_span<F>(group, span);
-            F::template span<Arch>(group, span, [&](auto i, auto step, auto bytes) { Arch::store(weights[(b + F::sub(span, i)) * kSteps + step], bytes); });
+            F::template span<Prefetching<Arch>>(group, span, [&](auto i, auto step, auto bytes) { Arch::store(weights[(b + F::sub(span, i)) * kSteps + step], bytes); });
         });
         if constexpr (F::kSuperBlock) {
             SubScales integers;
@@ -219,7 +241,7 @@ inline void Tile<Arch, F>::unpack(const std::uint8_t* group, int blocks) {
             factors = Arch::from_halves(group + F::kFactors);
             factors_of_minimums = minimum_factors<Arch, F>(group, factors);
             for (int sub = 0; sub < kSubs; sub++) {
-                sub_scales[sub] = Arch::make_scale(integers.scales + kGroupRows * sub, factors);
+                sub_scales[sub] = Arch::template make_scale<F>(integers.scales + kGroupRows * sub, factors);
                 if constexpr (kUsesSums<Arch, F>) {
                     minimums[sub] = Arch::from_bytes(minimums_of_sub<F>(integers, sub));
                 }
@@ -265,7 +287,12 @@ inline void add_tile(const Tile<Arch, F>& tile, int blocks, const TileRows<Token
             for_constants<kRuns>([&](auto run) {
                 constexpr int kFirst = run * kStepsOfSums;
                 sum_products<Arch, F, kStepsOfSums>(tile.weights + sub * kSteps + kFirst, rows, sub * F::kSub + kFirst * kStep, sums);
-                for_constants<Tokens>([&](auto t) { Arch::add_scaled(products[t], sums[t], scale); });
+                for_constants<Tokens>([&](auto t) {
+                    if constexpr (kCentres<Arch, F>) {
+                        Arch::template centre<F>(sums[t], rows.sums_of_super_block[t]->halves_of_16[sub]);
+                    }
+                    Arch::add_scaled(products[t], sums[t], scale);
+                });
             });
         }
         for_constants<Tokens>([&](auto t) { total[t] = Arch::total(products[t], tile.factors); });

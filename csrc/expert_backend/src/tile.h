@@ -215,18 +215,25 @@ struct Q2_K {
 
 struct Q3_K {
     static constexpr ggml_type kType = GGML_TYPE_Q3_K;
-    static constexpr int kBytes = 110, kSub = 16, kLargest = 7, kRaised = 4, kSpans = 4, kSpanSubs = 4, kFactors = 192, kHigh = 224, kLow = 736;
+    static constexpr int kBytes = 110, kSub = 16, kLargest = 7, kRaised = 4, kSpans = 4, kSpanSubs = 4, kFactors = 192, kQuants = 224;
     static constexpr bool kSuperBlock = true, kSigned = false, kMinimums = false;
 
     static constexpr int sub(int span, int i) { return Q2_K::sub(span, i); }
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span span, Take take) {
-        for_constants<4>([&](auto step) {
-            const auto high = Arch::load(group + kHigh + 64 * (4 * (span % 2) + step));
-            const auto low = Arch::load(group + kLow + 64 * (4 * span + step));
-            for_constants<4>([&](auto i) {
-                take(i, step, Arch::bit_or(Arch::template bits<2 * i, 2, 0>(low), Arch::template bits<4 * (span / 2) + i, 1, 2>(high)));
-            });
+        for_constants<2>([&](auto pair) {
+            const std::uint8_t* quants = group + kQuants + 64 * (6 * span + 3 * pair);
+            const auto x = Arch::load(quants);
+            const auto y = Arch::load(quants + 64);
+            const auto z = Arch::load(quants + 128);
+            const auto take_step = [&](auto step, const auto& own, auto of_step) {
+                take(kAt<0>, step, Arch::template bits<0, 3, 0>(own));
+                take(kAt<1>, step, Arch::template bits<3, 3, 0>(own));
+                take(kAt<2>, step, Arch::template bits<3 * of_step, 3, 0>(z));
+                take(kAt<3>, step, Arch::bit_or(Arch::template bits<6, 2, 0>(own), Arch::template bits<6 + of_step, 1, 2>(z)));
+            };
+            take_step(kAt<2 * pair>, x, kAt<0>);
+            take_step(kAt<2 * pair + 1>, y, kAt<1>);
         });
     }
     // 6 bits each: four in the first eight bytes, as nibbles, two in the last four.
@@ -273,17 +280,29 @@ struct Q4_K {
 
 struct Q5_K {
     static constexpr ggml_type kType = GGML_TYPE_Q5_K;
-    static constexpr int kBytes = 176, kSub = 32, kLargest = 31, kRaised = 0, kSpans = 4, kSpanSubs = 2, kFactors = 192, kHigh = 256, kLow = 768;
+    static constexpr int kBytes = 176, kSub = 32, kLargest = 31, kRaised = 0, kSpans = 4, kSpanSubs = 2, kFactors = 192, kQuants = 256;
     static constexpr bool kSuperBlock = true, kSigned = false, kMinimums = true;
 
     static constexpr int sub(int span, int i) { return 2 * span + i; }
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span span, Take take) {
-        for_constants<8>([&](auto step) {
-            const auto high = Arch::load(group + kHigh + 64 * step);
-            const auto both = Arch::load(group + kLow + 64 * (8 * span + step));
-            take(kAt<0>, step, Arch::bit_or(Arch::low_nibbles(both), Arch::template bits<2 * span, 1, 4>(high)));
-            take(kAt<1>, step, Arch::bit_or(Arch::high_nibbles(both), Arch::template bits<2 * span + 1, 1, 4>(high)));
+        for_constants<2>([&](auto half) {
+            const std::uint8_t* quants = group + kQuants + 64 * (10 * span + 5 * half);
+            const auto low = [](const auto& bytes) { return Arch::template bits<0, 5, 0>(bytes); };
+            const auto v0 = Arch::load(quants);
+            take(kAt<0>, kAt<4 * half>, low(v0));
+            const auto v1 = Arch::load(quants + 64);
+            take(kAt<1>, kAt<4 * half>, low(v1));
+            const auto v2 = Arch::load(quants + 128);
+            take(kAt<0>, kAt<4 * half + 1>, low(v2));
+            const auto v3 = Arch::load(quants + 192);
+            take(kAt<1>, kAt<4 * half + 1>, low(v3));
+            const auto v4 = Arch::load(quants + 256);
+            take(kAt<0>, kAt<4 * half + 2>, low(v4));
+            take(kAt<1>, kAt<4 * half + 2>, Arch::bit_or(Arch::template bits<5, 3, 0>(v0), Arch::template bits<5, 2, 3>(v1)));
+            take(kAt<0>, kAt<4 * half + 3>,
+                 Arch::bit_or(Arch::bit_or(Arch::template bits<7, 1, 0>(v1), Arch::template bits<5, 3, 1>(v2)), Arch::template bits<5, 1, 4>(v3)));
+            take(kAt<1>, kAt<4 * half + 3>, Arch::bit_or(Arch::template bits<6, 2, 0>(v3), Arch::template bits<5, 3, 2>(v4)));
         });
     }
     static void sub_scales(const std::uint8_t* group, SubScales& to) { six_bits(group, to); }
@@ -298,14 +317,15 @@ struct Q6_K {
     template <class Arch, class Span, class Take>
     static void span(const std::uint8_t* group, Span span, Take take) {
         for_constants<4>([&](auto step) {
-            const std::uint8_t* quants = group + kQuants + 64 * (12 * span + step);
-            const auto first = Arch::load(quants);
-            const auto second = Arch::load(quants + 256);
-            const auto high = Arch::load(quants + 512);
-            take(kAt<0>, step, Arch::bit_or(Arch::low_nibbles(first), Arch::template bits<0, 2, 4>(high)));
-            take(kAt<1>, step, Arch::bit_or(Arch::low_nibbles(second), Arch::template bits<2, 2, 4>(high)));
-            take(kAt<2>, step, Arch::bit_or(Arch::high_nibbles(first), Arch::template bits<4, 2, 4>(high)));
-            take(kAt<3>, step, Arch::bit_or(Arch::high_nibbles(second), Arch::template bits<6, 2, 4>(high)));
+            const std::uint8_t* quants = group + kQuants + 64 * (12 * span + 3 * step);
+            const auto x = Arch::load(quants);
+            const auto y = Arch::load(quants + 64);
+            const auto z = Arch::load(quants + 128);
+            take(kAt<0>, step, Arch::template bits<0, 6, 0>(x));
+            take(kAt<1>, step, Arch::template bits<0, 6, 0>(y));
+            take(kAt<2>, step, Arch::template bits<0, 6, 0>(z));
+            take(kAt<3>, step,
+                 Arch::bit_or(Arch::bit_or(Arch::template bits<6, 2, 0>(x), Arch::template bits<6, 2, 2>(y)), Arch::template bits<6, 2, 4>(z)));
         });
     }
     static void sub_scales(const std::uint8_t* group, SubScales& to) { std::memcpy(to.scales, group, sizeof to.scales); }

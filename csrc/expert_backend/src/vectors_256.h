@@ -46,7 +46,7 @@ struct Vectors256 {
     static __m256i table(const std::int8_t* values) { return _mm256_broadcastsi128_si256(load_quarter(values)); }
     static Bytes look_up(__m256i table, Bytes indices) { return {_mm256_shuffle_epi8(table, indices.low), _mm256_shuffle_epi8(table, indices.high)}; }
 
-    static __m256i broadcast_word(const std::int8_t* values) {
+    static __m256i broadcast_word(const void* values) {
         std::int32_t word;
         std::memcpy(&word, values, 4);
         return _mm256_set1_epi32(word);
