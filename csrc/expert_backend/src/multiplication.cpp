@@ -6,7 +6,7 @@ namespace {
 // What it costs to unpack weights, in tokens that are multiplied with them.
 constexpr std::int64_t kUnpackCost = 3;
 // So many parts for each thread: the last ones to end are small.
-constexpr std::int64_t kPartsOfThread = 8;
+constexpr std::int64_t kPartsOfThread = 16;
 // The activations of these stay in the second level of the cache while the groups of a part are multiplied with them.
 constexpr int kRowsOfPart = 128;
 
