@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import llama_moe
@@ -230,3 +232,29 @@ def test_the_interpreter_ends_cleanly_while_threads_come_and_go(path: Path) -> N
         path,
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "leaving\n", "")
+
+
+def settled_threads() -> int:
+    """How many threads the process has once none comes or goes."""
+    process = psutil.Process()
+    counts: list[int] = [process.num_threads()]
+    while counts[-20:] != 20 * counts[-1:]:
+        time.sleep(0.01)
+        counts.append(process.num_threads())
+    return counts[-1]
+
+
+def test_what_waits_keeps_no_threads_of_its_last_computation(path: Path) -> None:
+    def use() -> int:
+        with (
+            open_model(path) as model,
+            Engine(model, context_size=256, threads=2) as engine,
+            Context(model, context_size=256, threads=2) as context,
+        ):
+            engine.generate("a", SHORT)
+            context.decode([1])
+            return settled_threads()
+
+    use()  # some threads are the process's, and stay
+    before = settled_threads()
+    assert use() == before + 2  # one of the engine's and one of the context's

@@ -5,6 +5,7 @@
 #include "llama_moe/error.h"
 #include "llama_moe/log.h"
 #include "llama_moe/process.h"
+#include "openmp_threads.h"
 
 namespace llama_moe {
 namespace {
@@ -117,7 +118,7 @@ void EngineCore::serve() {
 
 bool EngineCore::wait_for_work() {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return stopping_ || !waiting_.empty() || !tasks_.empty() || scheduler_->active(); });
+    llama_moe::wait_for_work(changed_, lock, [&] { return stopping_ || !waiting_.empty() || !tasks_.empty() || scheduler_->active(); });
     return !stopping_;
 }
 

@@ -7,6 +7,7 @@
 #include "ggml.h"
 #include "llama_moe/log.h"
 #include "llama_moe/process.h"
+#include "openmp_threads.h"
 
 namespace llama_moe {
 namespace {
@@ -161,7 +162,7 @@ struct NativeThread::Shared {
         NativeScope scope;
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
-            changed.wait(lock, [&] { return stopping || !jobs.empty(); });
+            wait_for_work(changed, lock, [&] { return stopping || !jobs.empty(); });
             if (jobs.empty()) {
                 ended = true;
                 changed.notify_all();
