@@ -233,7 +233,9 @@ inline void Tile<Arch, F>::unpack(const std::uint8_t* group, int blocks) {
     constexpr int kSteps = F::kSub / kStep;
     for (int b = 0; b < blocks; b++, group += F::kBytes * kGroupRows) {
         for_constants<F::kSpans>([&](auto span) {
-            F::template span<Prefetching<Arch>>(group, span, [&](auto i, auto step, auto bytes) { Arch::store(weights[(b + F::sub(span, i)) * kSteps + step], bytes); });
+            F::template span<Prefetching<Arch>>(group, span, [&](auto i, auto step, auto bytes) {
+                Arch::store(weights[(b + F::sub(span, i)) * kSteps + step], bytes);
+            });
         });
         if constexpr (F::kSuperBlock) {
             SubScales integers;
