@@ -278,7 +278,8 @@ class _Store:
 
     def __init__(self, *, forget: bool, keep_disturbed: bool) -> None:
         self._path = data_folder() / "bandwidths" / f"{machine_id()}.json"
-        self._commit = build_info()["llama_cpp_commit"]
+        build = build_info()
+        self._measured_with = {"llama_cpp": build["llama_cpp_commit"], "llama_moe": build["version"]}  # both have kernels
         self._forget = forget
         self._keep_disturbed = keep_disturbed
 
@@ -286,7 +287,7 @@ class _Store:
         layout = rates.layout if device.kind == "cpu" else device.backend
         key = f"{device.name if device.kind == 'cpu' else device.description}; {rates.threads} threads; {layout}"
         held = {} if self._forget else self._read("devices", key)
-        if held.get("llama_cpp") != self._commit:
+        if any(held.get(name) != version for name, version in self._measured_with.items()):
             held = {}
         known = {ProductKind(type_name, columns, experts): rate for type_name, columns, experts, rate in held.get("products", [])}
         missing = sorted(wanted - set(known))
@@ -298,9 +299,9 @@ class _Store:
             if not held:
                 others = _core.measure_device(device.name, rates.threads)
                 disturbed |= others.disturbed
-                held = {**_entry(others), "measured": _now(), "llama_cpp": self._commit}
+                held = {**_entry(others), "measured": _now(), **self._measured_with}
             held["products"] = [[kind.type, kind.columns, kind.experts, rate] for kind, rate in sorted(known.items())]
-            held |= {"hardware": device.description, "llama_moe": build_info()["version"]}
+            held["hardware"] = device.description
             if disturbed and not self._keep_disturbed:
                 _LOG.warning("other programs computed while %s was measured: its rates may be too low, and are not kept", device.name)
             else:

@@ -111,6 +111,8 @@ def test_it_is_measured_again_when_asked_or_when_the_file_is_of_no_use(data: Pat
     assert rate_after(lambda: None) == 123.0
     assert rate_after(lambda: None, measure_again=True) > SLOWEST
     assert rate_after(lambda: held["devices"][key].update(llama_cpp="another")) > SLOWEST
+    held = json.loads(data.read_text())
+    assert rate_after(lambda: held["devices"][key].update(llama_moe="another")) > SLOWEST
     assert rate_after(lambda: held.update(format=0)) > SLOWEST
 
 
