@@ -5,8 +5,10 @@ namespace {
 
 // What it costs to unpack weights, in tokens that are multiplied with them.
 constexpr std::int64_t kUnpackCost = 3;
-// So many parts for each thread: the last ones to end are small.
+// So many parts for each thread, of which the last ones to end are small; but at least so many bytes of weights to a part where threads have one
+// each: kernels prefetch beyond its end.
 constexpr std::int64_t kPartsOfThread = 16;
+constexpr std::int64_t kBytesOfPart = 32768;
 // The activations of these stay in the second level of the cache while the groups of a part are multiplied with them.
 constexpr int kRowsOfPart = 128;
 
@@ -41,12 +43,15 @@ class GroupProducts {
 
 }  // namespace
 
-void Multiplication::make_parts(std::int64_t groups, const std::vector<Assignment>& assignments, int threads) {
+void Multiplication::make_parts(const Matrices& matrices, const std::vector<Assignment>& assignments, int threads) {
+    const std::int64_t groups = matrices.groups;
     std::int64_t cost = 0;
     for (const auto& assignment : assignments) {
         cost += groups * (kUnpackCost + static_cast<std::int64_t>(assignment.rows.size()));
     }
-    const std::int64_t cost_of_part = std::max<std::int64_t>(1, cost / (threads * kPartsOfThread));
+    const auto group_bytes = static_cast<std::int64_t>(matrices.weights->group_bytes());
+    const std::int64_t smallest = std::min(cost / threads, kBytesOfPart / group_bytes * (kUnpackCost + 1));
+    const std::int64_t cost_of_part = std::max(cost / (threads * kPartsOfThread), smallest);
     parts_.clear();
     for (const auto& assignment : assignments) {
         const int rows = static_cast<int>(assignment.rows.size());
@@ -76,7 +81,7 @@ bool Multiplication::for_each_part(int threads, Work work) {
 }
 
 bool Multiplication::run(const Matrices& matrices, const std::vector<Assignment>& assignments, int threads) {
-    make_parts(matrices.groups, assignments, threads);
+    make_parts(matrices, assignments, threads);
     const ActivationRows activations = activations_.rows();
     return for_each_part(threads, [&](const Part& part) {
         GroupProducts products(kernels_, matrices, part.assignment->expert, part.first_group);
@@ -91,7 +96,7 @@ bool Multiplication::run(const Matrices& matrices, const std::vector<Assignment>
 }
 
 bool Multiplication::run_gated(const Matrices& gates, const Matrices& ups, const Glu& glu, const std::vector<Assignment>& assignments, int threads) {
-    make_parts(gates.groups, assignments, threads);
+    make_parts(gates, assignments, threads);
     const ActivationRows activations = activations_.rows();
     return for_each_part(threads, [&](const Part& part) {
         GroupProducts gate_products(kernels_, gates, part.assignment->expert, part.first_group);

@@ -55,7 +55,7 @@ class Multiplication {
             return assignment->outputs[static_cast<std::size_t>(first_row + row)] + (first_group + group) * kGroupRows;
         }
     };
-    void make_parts(std::int64_t groups, const std::vector<Assignment>& assignments, int threads);
+    void make_parts(const Matrices& matrices, const std::vector<Assignment>& assignments, int threads);
     template <class Work>
     bool for_each_part(int threads, Work work);
 
