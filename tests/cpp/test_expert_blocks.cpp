@@ -300,7 +300,9 @@ TEST_CASE("what is computed in one go is found in a graph") {
 }
 
 TEST_CASE("a graph can be stopped") {
-    BlockGraph built(Block(), true);
+    Block block;
+    block.tokens = 40;  // many parts, so that this thread has some of them
+    BlockGraph built(block, true);
     ggml_cgraph graph = built.block();
     auto* registry = ggml_backend_dev_backend_reg(expert_device());
     auto set = reinterpret_cast<ggml_backend_set_abort_callback_t>(ggml_backend_reg_get_proc_address(registry, "ggml_backend_set_abort_callback"));
