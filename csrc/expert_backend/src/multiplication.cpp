@@ -67,10 +67,10 @@ void Multiplication::make_parts(const Matrices& matrices, const std::vector<Assi
 
 template <class Work>
 bool Multiplication::for_each_part(int threads, Work work) {
-    std::atomic<bool> stopped{false};
+    std::atomic<bool> stopped{should_stop_ && should_stop_()};
     const auto caller = std::this_thread::get_id();
     for_each_in_parallel(threads, static_cast<std::int64_t>(parts_.size()), [&](std::int64_t i) {
-        if (should_stop_ && std::this_thread::get_id() == caller && should_stop_()) {
+        if (!stopped && should_stop_ && std::this_thread::get_id() == caller && should_stop_()) {
             stopped = true;
         }
         if (!stopped) {

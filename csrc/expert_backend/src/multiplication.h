@@ -35,7 +35,7 @@ class Multiplication {
     // Rows of activations for weights of this format; `row(i)` says where row i is. Rounded in parallel.
     template <class Row>
     void set_activations(const Format& format, std::int64_t k, std::int64_t rows, int threads, Row row);
-    // Asked now and then while products are computed, by the thread that called; true ends them.
+    // Asked before products are computed and now and then meanwhile, by the thread that called; true ends them.
     void set_stop(std::function<bool()> should_stop) { should_stop_ = std::move(should_stop); }
 
     // For each assignment: output of each row = the expert's matrix times the row. False: stopped before the end.
