@@ -169,6 +169,26 @@ TEST_CASE("activations that are not finite give products that are not") {
     }
 }
 
+TEST_CASE("sums of products are those of double precision, of any number of them") {
+    for (const std::size_t count : {0, 1, 7, 15, 16, 17, 31, 100, 2048}) {
+        const std::vector<float> a = random_floats(count, 10);
+        const std::vector<float> b = random_floats(count, 11);
+        double exact = 0;
+        double size = 0;
+        for (std::size_t i = 0; i < count; i++) {
+            const double product = static_cast<double>(a[i]) * static_cast<double>(b[i]);
+            exact += product;
+            size += std::fabs(product);
+        }
+        for (const auto& kernels : tested_kernels()) {
+            const float found = kernels.dot(a.data(), b.data(), static_cast<std::int64_t>(count));
+            if (!(std::fabs(static_cast<double>(found) - exact) <= 1e-6 * size)) {
+                fail(__FILE__, __LINE__, std::string(kernels.name) + ": " + show(found) + " instead of " + show(exact) + " of " + std::to_string(count));
+            }
+        }
+    }
+}
+
 TEST_CASE("gated linear units are those of double precision, also where exponentials leave the range of floats") {
     std::vector<float> gates = random_floats(1000, 8, 4.0f);
     for (const float gate : {0.0f, -0.0f, 87.5f, -87.5f, 89.0f, -89.0f, 1e4f, -1e4f, 1e-30f, -1e-30f}) {

@@ -190,24 +190,19 @@ void Computation::assign(const ggml_tensor* product, const ggml_tensor* output) 
 // Weights that are as ggml has them: small ones, those of adapters.
 void Computation::multiply_plain(const ggml_tensor* weights, const ggml_tensor* activations) {
     const std::int64_t k = weights->ne[0];
+    const std::int64_t rows = weights->ne[1];
     const auto to_float = ggml_get_type_traits(weights->type)->to_float;
     in_parallel(threads_, [&](int thread, int all) {
-        std::vector<float> converted(static_cast<std::size_t>(k));
+        std::vector<float> converted(weights->type == GGML_TYPE_F32 ? 0 : static_cast<std::size_t>(k));
         for (const auto& assignment : assignments_) {
-            for (std::int64_t row = thread; row < weights->ne[1] && !assignment.rows.empty(); row += all) {
-                const auto* from = at<const char>(weights, 0, row, assignment.expert);
-                if (weights->type == GGML_TYPE_F32) {
-                    std::memcpy(converted.data(), from, converted.size() * sizeof(float));
-                } else {
-                    to_float(from, converted.data(), k);
+            for (std::int64_t row = rows * thread / all; row < rows * (thread + 1) / all && !assignment.rows.empty(); row++) {
+                const float* numbers = at(weights, 0, row, assignment.expert);
+                if (!converted.empty()) {
+                    to_float(numbers, converted.data(), k);
+                    numbers = converted.data();
                 }
                 for (std::size_t i = 0; i < assignment.rows.size(); i++) {
-                    const float* values = row_of(activations, assignment.rows[i]);
-                    float sum = 0;
-                    for (std::size_t j = 0; j < converted.size(); j++) {
-                        sum += converted[j] * values[j];
-                    }
-                    assignment.outputs[i][row] = sum;
+                    assignment.outputs[i][row] = kernels_.dot(numbers, row_of(activations, assignment.rows[i]), k);
                 }
             }
         }

@@ -13,12 +13,16 @@ namespace llama_moe::experts {
 // row rows[t].
 using MultiplyGroup = void (*)(const std::uint8_t* group, const ActivationRows& activations, const std::int32_t* rows, float* const* outputs, int tokens);
 
+// The sum of the products of two rows of numbers.
+using Dot = float (*)(const float* a, const float* b, std::int64_t count);
+
 // The kernels for one kind of processor.
 struct KernelSet {
     const char* name;  // "avx512-vnni", "avx-vnni", "avx2", "neon-dotprod", "portable"
     MultiplyGroup (*find)(ggml_type type);  // null for a type without one
     RoundRow round_row;
     ApplyGlu apply_glu;
+    Dot dot;
 };
 
 // The best for this processor first; the portable one is the last.

@@ -89,6 +89,6 @@ struct Avx2 : Vectors256 {
 
 }  // namespace
 
-const KernelSet avx2_kernels = {"avx2", find_multiply<Avx2>, round_row, apply_glu};
+const KernelSet avx2_kernels = {"avx2", find_multiply<Avx2>, round_row, apply_glu, dot};
 
 }  // namespace llama_moe::experts

@@ -56,6 +56,6 @@ struct Vectors512 {
 
 }  // namespace
 
-const KernelSet avx512_kernels = {"avx512-vnni", find_multiply<DotProducts<Vectors512>>, round_row, apply_glu};
+const KernelSet avx512_kernels = {"avx512-vnni", find_multiply<DotProducts<Vectors512>>, round_row, apply_glu, dot};
 
 }  // namespace llama_moe::experts

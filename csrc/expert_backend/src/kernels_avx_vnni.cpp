@@ -22,6 +22,6 @@ struct AvxVnni : Vectors256 {
 
 }  // namespace
 
-const KernelSet avx_vnni_kernels = {"avx-vnni", find_multiply<DotProducts<AvxVnni>>, round_row, apply_glu};
+const KernelSet avx_vnni_kernels = {"avx-vnni", find_multiply<DotProducts<AvxVnni>>, round_row, apply_glu, dot};
 
 }  // namespace llama_moe::experts

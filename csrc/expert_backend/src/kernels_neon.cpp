@@ -107,6 +107,6 @@ struct Neon {
 
 }  // namespace
 
-const KernelSet neon_kernels = {"neon-dotprod", find_multiply<DotProducts<Neon>>, round_row, apply_glu};
+const KernelSet neon_kernels = {"neon-dotprod", find_multiply<DotProducts<Neon>>, round_row, apply_glu, dot};
 
 }  // namespace llama_moe::experts

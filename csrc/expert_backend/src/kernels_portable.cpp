@@ -123,6 +123,6 @@ struct Portable {
 
 }  // namespace
 
-const KernelSet portable_kernels = {"portable", find_multiply<Portable>, round_row, apply_glu};
+const KernelSet portable_kernels = {"portable", find_multiply<Portable>, round_row, apply_glu, dot};
 
 }  // namespace llama_moe::experts
