@@ -16,6 +16,7 @@
 
 #include "accelerators.h"
 #include "backend.h"
+#include "cpu_threads.h"
 #include "expert_kernels.h"
 #include "failed_devices.h"
 #include "ggml-alloc.h"
@@ -154,18 +155,20 @@ ggml_backend_ptr start(ggml_backend_dev_t device, int threads) {
 
 // The backends of a device and of the CPU, which are the same one for the CPU; there our expert backend stands before it.
 struct Backends {
-    ggml_backend_ptr cpu;
+    CpuThreads threads;
+    CpuThreads::Use use{threads};
     ggml_backend_ptr device;
     ggml_backend_ptr experts;
 
-    Backends(ggml_backend_dev_t measured, int threads) : cpu(start(cpu_device(), threads)) {
+    Backends(ggml_backend_dev_t measured, int count) : threads(count) {
         if (measured != cpu_device()) {
-            device = start(measured, threads);
+            device = start(measured, count);
         } else {
-            experts = start(experts::expert_device(), threads);
+            experts = start(experts::expert_device(), count);
         }
     }
-    ggml_backend_t get() const { return device ? device.get() : cpu.get(); }
+    ggml_backend_t cpu() const { return threads.backend(); }
+    ggml_backend_t get() const { return device ? device.get() : cpu(); }
 };
 
 // A graph that is computed as llama.cpp computes its own: by ggml's scheduler, over the device and the CPU, allocated once.
@@ -181,7 +184,7 @@ class Graph {
         if (backends.experts) {
             list.push_back(backends.experts.get());
         }
-        list.push_back(backends.cpu.get());
+        list.push_back(backends.cpu());
         scheduler_.reset(ggml_backend_sched_new(list.data(), nullptr, static_cast<int>(list.size()), tensors_, false, true));
     }
 
@@ -190,7 +193,7 @@ class Graph {
     // `on_device`: else on the CPU. Weights already say where their product is computed.
     void add(ggml_tensor* node, std::optional<bool> on_device = std::nullopt) {
         if (on_device) {
-            ggml_backend_sched_set_tensor_backend(scheduler_.get(), node, *on_device ? backends_.get() : backends_.cpu.get());
+            ggml_backend_sched_set_tensor_backend(scheduler_.get(), node, *on_device ? backends_.get() : backends_.cpu());
         }
         ggml_build_forward_expand(graph_, node);
     }

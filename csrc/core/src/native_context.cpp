@@ -170,6 +170,10 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
     limits_.micro_batch_size = static_cast<int>(llama_n_ubatch(context_));
     limits_.threads = llama_n_threads(context_);
     limits_.threads_batch = llama_n_threads_batch(context_);
+    if (!model_->dry) {
+        threads_ = std::make_unique<CpuThreads>(std::max(limits_.threads, limits_.threads_batch));
+        llama_attach_threadpool(context_, threads_->pool(), nullptr);
+    }
     if (use.routing) {
         routing_ = std::make_unique<RoutingReader>(context_, use.routing, params.kv_unified || limits_.max_sequences == 1);
     }
@@ -197,6 +201,7 @@ NativeContext::~NativeContext() {
 }
 
 int NativeContext::decode(const Batch& batch) {
+    const CpuThreads::Use threads(*threads_);
     if (!routing_ || !routing_->begin()) {
         return llama_decode(context_, batch.get());
     }
@@ -208,7 +213,8 @@ int NativeContext::decode(const Batch& batch) {
 
 void NativeContext::abandon() {
     context_ = nullptr;
-    // The context still points into the model, so that must stay as well: this reference is never given back.
+    // The context still points to its threads and into the model, so these must stay as well: this reference is never given back.
+    static_cast<void>(threads_.release());
     new std::shared_ptr<LoadedModel>(model_);
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu_threads.h"
 #include "llama.h"
 #include "llama_moe/context.h"
 #include "llama_moe/error.h"
@@ -63,6 +64,7 @@ class NativeContext {
     std::shared_ptr<LoadedModel> model_;
     WorkerUse worker_use_;
     std::function<bool()> should_abort_;
+    std::unique_ptr<CpuThreads> threads_;  // ended after the context
     llama_context* context_ = nullptr;
     ContextLimits limits_{};
     std::unique_ptr<RoutingReader> routing_;

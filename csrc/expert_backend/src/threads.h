@@ -8,11 +8,11 @@
 #ifdef _OPENMP
 #include <omp.h>
 #else
-#include "thread_team.h"
+#include "ggml_threads.h"
 #endif
 
-// Threads: OpenMP's where ggml's CPU backend has them too. Its threads spin for a while when a part of a graph is done; threads of our own
-// would compete with those for the cores, while the same ones just go on. Built without OpenMP, each thread that computes has a team of its own.
+// Threads are those of ggml's CPU backend, with OpenMP or without. They spin for a while when a part of a graph is done; threads of our own
+// would compete with those for the processors (6 tokens/s where the same ones do 100), while the same ones just go on.
 namespace llama_moe::experts {
 
 inline int all_threads() {
@@ -30,7 +30,7 @@ void in_parallel(int threads, Work work) {
 #pragma omp parallel num_threads(threads)
     work(omp_get_thread_num(), omp_get_num_threads());
 #else
-    ThreadTeam::of_this_thread().run(threads, work);
+    run_on_ggml_threads(threads, work);
 #endif
 }
 

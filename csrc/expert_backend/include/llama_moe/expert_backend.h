@@ -31,6 +31,19 @@ class KernelsScope {
     KernelsScope& operator=(const KernelsScope&) = delete;
 };
 
+// While one exists in a thread, what this backend computes there has the threads of a CPU backend that does nothing else meanwhile: one that
+// shares its pool of threads with the context's, or its threads and ours would compete for the processors. A build with OpenMP needs none.
+class ThreadsScope {
+   public:
+    explicit ThreadsScope(ggml_backend_t cpu);
+    ~ThreadsScope();
+    ThreadsScope(const ThreadsScope&) = delete;
+    ThreadsScope& operator=(const ThreadsScope&) = delete;
+
+   private:
+    const ggml_backend_t before_;
+};
+
 // While one exists in a thread, it is called with each operation that this backend computes in that thread, before it is computed: the
 // experts that a product has (MUL_MAT_ID) and the router's weights (MUL) are among the operands then.
 class Observer {

@@ -1,0 +1,39 @@
+#include "cpu_threads.h"
+
+#include "backend.h"
+#include "backend_libraries.h"
+#include "ggml-cpu.h"
+#include "llama_moe/error.h"
+
+namespace llama_moe {
+namespace {
+
+// With functions of the CPU backend, which may be in a library of its own.
+void set_pool(ggml_backend_t backend, ggml_threadpool* pool) {
+    static const auto set = reinterpret_cast<decltype(&ggml_backend_cpu_set_threadpool)>(backend_function("CPU", "ggml_backend_cpu_set_threadpool"));
+    set(backend, pool);
+}
+
+}  // namespace
+
+CpuThreads::CpuThreads(int threads)
+    : pool_(nullptr, reinterpret_cast<decltype(&ggml_threadpool_free)>(backend_function("CPU", "ggml_threadpool_free"))),
+      backend_(ggml_backend_dev_init(cpu_device(), nullptr)) {
+    if (!backend_) {
+        throw Error("ggml's CPU backend could not be started");
+    }
+    reinterpret_cast<ggml_backend_set_n_threads_t>(backend_function("CPU", "ggml_backend_set_n_threads"))(backend_.get(), threads);
+    auto params = ggml_threadpool_params_default(threads);
+    params.paused = true;
+    pool_.reset(reinterpret_cast<decltype(&ggml_threadpool_new)>(backend_function("CPU", "ggml_threadpool_new"))(&params));
+}
+
+CpuThreads::Use::Use(const CpuThreads& threads) : threads_(threads), scope_(threads.backend()) {
+    set_pool(threads_.backend(), threads_.pool());
+}
+
+CpuThreads::Use::~Use() {
+    set_pool(threads_.backend(), nullptr);
+}
+
+}  // namespace llama_moe
