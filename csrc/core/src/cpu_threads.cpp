@@ -4,6 +4,7 @@
 #include "backend_libraries.h"
 #include "ggml-cpu.h"
 #include "llama_moe/error.h"
+#include "native_thread.h"
 
 namespace llama_moe {
 namespace {
@@ -25,7 +26,12 @@ CpuThreads::CpuThreads(int threads)
     reinterpret_cast<ggml_backend_set_n_threads_t>(backend_function("CPU", "ggml_backend_set_n_threads"))(backend_.get(), threads);
     auto params = ggml_threadpool_params_default(threads);
     params.paused = true;
-    pool_.reset(reinterpret_cast<decltype(&ggml_threadpool_new)>(backend_function("CPU", "ggml_threadpool_new"))(&params));
+    params.poll = 1;  // idle threads spin for some milliseconds, enough for what lies between parts of a graph, not for hundreds of them
+    try {
+        pool_.reset(reinterpret_cast<decltype(&ggml_threadpool_new)>(backend_function("CPU", "ggml_threadpool_new"))(&params));
+    } catch (const NativeAbort& abort) {
+        throw Error(std::to_string(threads) + " threads could not be started: " + abort.what());
+    }
 }
 
 CpuThreads::Use::Use(const CpuThreads& threads) : threads_(threads), scope_(threads.backend()) {

@@ -137,6 +137,9 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
     }
     auto params = native_params(*model_, options, use);
     check_kv_cache(*model_, options, params);
+    if (!model_->dry) {
+        threads_ = std::make_unique<CpuThreads>(std::max(params.n_threads, params.n_threads_batch));
+    }
     params.abort_callback_data = this;
     params.abort_callback = [](void* data) { return static_cast<NativeContext*>(data)->should_abort_(); };
     ErrorLog errors;
@@ -170,8 +173,7 @@ NativeContext::NativeContext(std::shared_ptr<LoadedModel> model, const ContextOp
     limits_.micro_batch_size = static_cast<int>(llama_n_ubatch(context_));
     limits_.threads = llama_n_threads(context_);
     limits_.threads_batch = llama_n_threads_batch(context_);
-    if (!model_->dry) {
-        threads_ = std::make_unique<CpuThreads>(std::max(limits_.threads, limits_.threads_batch));
+    if (threads_) {
         llama_attach_threadpool(context_, threads_->pool(), nullptr);
     }
     if (use.routing) {
