@@ -60,6 +60,9 @@ if TYPE_CHECKING:
 
     from benchmarks.synthetic_model import Shape
 
+# A model that the page cache does not hold beside the others is read from the disk by each process of each round.
+pytestmark = pytest.mark.timeout(1200)
+
 LONG_PROMPT = 512
 LONG_TOKENS = 64
 ONE_STREAM_CONTEXT = 1024
