@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "ggml-backend.h"
+#include "ggml-cpp.h"
 
 namespace llama_moe {
 
@@ -23,6 +24,8 @@ std::vector<ggml_backend_dev_t> default_accelerators();
 // Finds a device by name, by an RPC worker's endpoint, or "cpu", in any case; nullptr when there is none.
 ggml_backend_dev_t find_device(const std::string& name);
 ggml_backend_dev_t cpu_device();
+// Computes on a device, with so many threads if that is a matter of threads.
+ggml_backend_ptr make_backend(ggml_backend_dev_t device, int threads);
 // All device names, for error messages: "CPU, RPC0 (127.0.0.1:50052)".
 std::string known_devices();
 

@@ -136,23 +136,6 @@ ggml_context_ptr make_context(std::size_t tensors) {
     return ggml_context_ptr(ggml_init(params));
 }
 
-void set_threads(ggml_backend_t backend, int threads) {
-    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
-    auto set = reinterpret_cast<ggml_backend_set_n_threads_t>(ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"));
-    if (set != nullptr) {
-        set(backend, threads);
-    }
-}
-
-ggml_backend_ptr start(ggml_backend_dev_t device, int threads) {
-    ggml_backend_ptr backend(ggml_backend_dev_init(device, nullptr));
-    if (!backend) {
-        throw Error("device '" + device_name(device) + "' could not be started");
-    }
-    set_threads(backend.get(), threads);
-    return backend;
-}
-
 // The backends of a device and of the CPU, which are the same one for the CPU; there our expert backend stands before it.
 struct Backends {
     CpuThreads threads;
@@ -162,9 +145,9 @@ struct Backends {
 
     Backends(ggml_backend_dev_t measured, int count) : threads(count) {
         if (measured != cpu_device()) {
-            device = start(measured, count);
+            device = make_backend(measured, count);
         } else {
-            experts = start(experts::expert_device(), count);
+            experts = make_backend(experts::expert_device(), count);
         }
     }
     ggml_backend_t cpu() const { return threads.backend(); }

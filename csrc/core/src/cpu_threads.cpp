@@ -19,11 +19,7 @@ void set_pool(ggml_backend_t backend, ggml_threadpool* pool) {
 
 CpuThreads::CpuThreads(int threads)
     : pool_(nullptr, reinterpret_cast<decltype(&ggml_threadpool_free)>(backend_function("CPU", "ggml_threadpool_free"))),
-      backend_(ggml_backend_dev_init(cpu_device(), nullptr)) {
-    if (!backend_) {
-        throw Error("ggml's CPU backend could not be started");
-    }
-    reinterpret_cast<ggml_backend_set_n_threads_t>(backend_function("CPU", "ggml_backend_set_n_threads"))(backend_.get(), threads);
+      backend_(make_backend(cpu_device(), threads)) {
     auto params = ggml_threadpool_params_default(threads);
     params.paused = true;
     params.poll = 1;  // idle threads spin for some milliseconds, enough for what lies between parts of a graph, not for hundreds of them

@@ -166,6 +166,19 @@ ggml_backend_dev_t cpu_device() {
     return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
+ggml_backend_ptr make_backend(ggml_backend_dev_t device, int threads) {
+    ggml_backend_ptr backend(ggml_backend_dev_init(device, nullptr));
+    if (!backend) {
+        throw Error("device '" + device_name(device) + "' could not be started");
+    }
+    auto set = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads"));
+    if (set != nullptr) {
+        set(backend.get(), threads);
+    }
+    return backend;
+}
+
 ggml_backend_dev_t find_device(const std::string& name) {
     const std::string wanted = lower(name);
     if (wanted == "cpu") {

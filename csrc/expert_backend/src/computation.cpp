@@ -1,7 +1,5 @@
 #include "computation.h"
 
-#include <cstring>
-
 #include "buffers.h"
 #include "ggml-impl.h"
 #include "llama_moe/expert_backend.h"
